@@ -1,0 +1,45 @@
+"""Errors that a user can act on, and the check that an optional extra is installed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["EgjaxError", "require"]
+
+
+class EgjaxError(Exception):
+    """Bad input, told in one line: what is wrong, where, and what mends it.
+
+    Experiment scripts print the message and leave with exit code 2; nothing that was
+    already written is touched.
+
+    Args:
+        what: what is wrong.
+        where: the file (and line) or argument at fault, if there is one.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
+        self.what, self.where, self.remedy = what, where, remedy
+        prefix = f"{where}: " if where else ""
+        suffix = f" ({remedy})" if remedy else ""
+        super().__init__(" ".join(f"{prefix}{what}{suffix}".split()))
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports an optional library or says which extra brings it.
+
+    Args:
+        module: dotted module name, e.g. `"mctx"`.
+        extra: the extra of this package that installs it, e.g. `"search"`.
+
+    Raises:
+        ImportError: with the command that installs the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} is needed here; install it with: pip install 'egjax[{extra}]'"
+        ) from error

@@ -1,0 +1,231 @@
+"""What a Llama is made of, apart from its weights: a frozen, hashable record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from egjax.errors import EgjaxError
+
+__all__ = ["LlamaConfig", "RopeScaling", "large_config", "small_config"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary wavelengths ("The Llama 3 Herd of Models", arXiv 2407.21783).
+
+    Attributes:
+        factor: how much the longest wavelengths are stretched.
+        low_freq_factor: wavelengths above `original_max_seq_len / low_freq_factor` are stretched
+            in full.
+        high_freq_factor: wavelengths below `original_max_seq_len / high_freq_factor` are kept;
+            those between are interpolated.
+        original_max_seq_len: tokens of context before the stretching.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes and constants of a Llama. Hashable, so that it can be a static argument of `jit`.
+
+    Attributes:
+        vocab_size: rows of the embedding V (may exceed the tokenizer's size: padding).
+        hidden_size: width D of the residual stream.
+        intermediate_size: width of the MLP.
+        num_layers: layers L.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides `num_heads`.
+        head_dim: width of a head (even).
+        max_seq_len: longest context, prompt and completion together, in tokens.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: Llama 3's stretching, or None.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        tie_embeddings: the unembedding is the embedding, transposed.
+        attention_bias: query, key, value and output projections have a bias.
+        mlp_bias: the three projections of the MLP have a bias.
+        dtype: of weights and activations, e.g. `"float32"` or `"bfloat16"`; logits are float32.
+        bos_id, pad_id: token ids, or None where the vocabulary has none.
+        eos_ids: any of these ends a completion.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+    pad_id: int | None = 0
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise EgjaxError(f"{self.num_kv_heads} kv heads do not divide {self.num_heads} heads")
+        if self.head_dim % 2:
+            raise EgjaxError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise EgjaxError(
+                f"dtype {self.dtype!r} is unknown", remedy="float32, bfloat16 or float16"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, where: str | None = None) -> LlamaConfig:
+        """Reads the fields of a Hugging Face `config.json`.
+
+        Both forms of the rotary fields are honoured: `rope_theta` and `rope_scaling` (up to
+        transformers 4) and the one dict `rope_parameters` (transformers 5).
+
+        Args:
+            fields: the parsed JSON.
+            where: name of the file, for messages.
+
+        Raises:
+            EgjaxError: not a Llama, a field is missing, or a feature is not supported.
+        """
+        if fields.get("model_type") != "llama":
+            raise EgjaxError(
+                f"architecture {fields.get('model_type')!r} is not supported",
+                where=where,
+                remedy='a Llama is needed ("model_type": "llama")',
+            )
+        if fields.get("hidden_act", "silu") != "silu":
+            raise EgjaxError(f"activation {fields['hidden_act']!r}; silu is needed", where=where)
+        theta, scaling = _rope(fields, where)
+        eos = fields.get("eos_token_id")
+        try:
+            heads = int(fields["num_attention_heads"])
+            hidden = int(fields["hidden_size"])
+            return cls(
+                vocab_size=int(fields["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(fields["intermediate_size"]),
+                num_layers=int(fields["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=int(fields.get("num_key_value_heads") or heads),
+                head_dim=int(fields.get("head_dim") or hidden // heads),
+                max_seq_len=int(fields.get("max_position_embeddings", 2048)),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                # Absent fields mean what transformers' LlamaConfig means by them.
+                rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+                tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+                attention_bias=bool(fields.get("attention_bias", False)),
+                mlp_bias=bool(fields.get("mlp_bias", False)),
+                dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
+                bos_id=fields.get("bos_token_id"),
+                eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+                pad_id=fields.get("pad_token_id"),
+            )
+        except KeyError as error:
+            raise EgjaxError(f"field {error} is missing", where=where) from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """Fields of a Hugging Face `config.json` that both transformers 4 and 5 read."""
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            rope = {
+                "rope_type": "llama3",
+                "factor": self.rope_scaling.factor,
+                "low_freq_factor": self.rope_scaling.low_freq_factor,
+                "high_freq_factor": self.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": self.rope_scaling.original_max_seq_len,
+            }
+        eos = list(self.eos_ids)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_seq_len,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rope_scaling": rope if self.rope_scaling is not None else None,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "dtype": self.dtype,
+            "torch_dtype": self.dtype,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+            "pad_token_id": self.pad_id,
+        }
+
+
+def _rope(fields: Mapping[str, Any], where: str | None) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding, from either form of the fields."""
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise EgjaxError(
+            f"rotary scaling {kind!r} is not supported", where=where, remedy="default or llama3"
+        )
+    try:
+        return theta, RopeScaling(
+            factor=float(scaling["factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+            original_max_seq_len=int(scaling["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise EgjaxError(f"field {error} of the rotary scaling is missing", where=where) from error
+
+
+def small_config(vocab_size: int, *, max_seq_len: int = 512) -> LlamaConfig:
+    """The small model of the pipeline: about 0.5M parameters at a vocabulary of 1,024.
+
+    Few wide heads: on a CPU the time of attention grows with the number of heads.
+    """
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=48,
+        max_seq_len=max_seq_len,
+    )
+
+
+def large_config(vocab_size: int, *, max_seq_len: int = 512) -> LlamaConfig:
+    """The large model of the pipeline: about 4M parameters at a vocabulary of 1,024."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_layers=5,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_seq_len=max_seq_len,
+    )

@@ -1,0 +1,283 @@
+"""Decoding, of one model or of several whose logits are combined at every token.
+
+Prompts of different lengths are padded on the left, so that every row writes its next token into
+the same slot of the cache; padding is masked and rotary positions are relative, so it never
+matters. Shapes depend on the bucketed length alone: one compilation serves many prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from egjax.errors import EgjaxError
+from egjax.lm.cache import Cache, empty
+from egjax.lm.config import LlamaConfig
+from egjax.lm.model import trunk, unembed
+from egjax.lm.params import Params
+
+__all__ = [
+    "Combine",
+    "Generation",
+    "Models",
+    "Prompts",
+    "check_vocabularies",
+    "completions",
+    "first",
+    "generate",
+    "pad_prompts",
+]
+
+Array = jax.Array
+Models = Sequence[tuple[Params, LlamaConfig]]
+Combine = Callable[[tuple[Array, ...]], Array]
+"""From one array of logits [..., V] per model to logits [..., V] of what is decoded."""
+
+
+@struct.dataclass
+class Prompts:
+    """Prompts of B rows, padded on the left.
+
+    Attributes:
+        tokens: int32[B, P].
+        mask: bool[B, P]. True for a token, False for padding. A row without any token is a filler
+            of the batch: nothing is generated for it.
+    """
+
+    tokens: Array
+    mask: Array
+
+
+@struct.dataclass
+class Generation:
+    """Completions of B rows, up to N tokens each.
+
+    Attributes:
+        tokens: int32[B, N]. The end token included; what follows it is padding.
+        logps: float32[B, N]. Log-probability of each token under the combined logits, before
+            temperature and top-p; 0 at padding.
+        mask: bool[B, N]. True for a generated token.
+        ended: bool[B]. True where the end token came.
+    """
+
+    tokens: Array
+    logps: Array
+    mask: Array
+    ended: Array
+
+
+def first(logits: tuple[Array, ...]) -> Array:
+    """The combination of plain decoding: the logits of the first (and only) model."""
+    return logits[0]
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], *, pad_id: int, bucket: int = 64, rows: int | None = None
+) -> Prompts:
+    """Pads prompts on the left to a common, bucketed length.
+
+    Args:
+        prompts: token ids of each prompt.
+        pad_id: what to pad with; any id serves.
+        bucket: the length is rounded up to a multiple of this, to compile for few lengths.
+        rows: rows B of the batch, the last ones filled with empty prompts; None for as many as
+            there are prompts.
+
+    Raises:
+        EgjaxError: there is no prompt, one is empty, or there are more than `rows`.
+    """
+    if not prompts or not all(prompts):
+        raise EgjaxError("a prompt is empty", remedy="give each prompt at least one token")
+    rows = len(prompts) if rows is None else rows
+    if len(prompts) > rows:
+        raise EgjaxError(f"{len(prompts)} prompts for a batch of {rows} rows")
+    length = -(-max(map(len, prompts)) // bucket) * bucket
+    tokens = np.full((rows, length), pad_id, np.int32)
+    mask = np.zeros((rows, length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
+
+
+def check_vocabularies(
+    sizes: Mapping[str, int], fingerprints: Mapping[str, str] | None = None
+) -> None:
+    """Makes sure that models to be combined speak one vocabulary.
+
+    Args:
+        sizes: tokens in the vocabulary of each model, by the model's name.
+        fingerprints: fingerprint of each model's tokenizer, by the same names; None where only
+            the sizes are known.
+
+    Raises:
+        EgjaxError: sizes or tokenizers differ.
+    """
+    for what, values in (("vocabulary sizes", sizes), ("tokenizers", fingerprints or {})):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name} has {str(value)[:12]}" for name, value in values.items())
+            raise EgjaxError(
+                f"{what} differ: {listed}",
+                remedy="combine models of one tokenizer; a padded vocabulary is cut on loading",
+            )
+
+
+def generate(
+    models: Models,
+    prompts: Prompts,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    combine: Combine = first,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Generation:
+    """Completes prompts token by token until every row has ended.
+
+    Args:
+        models: (parameters, config) of each model; all read the same tokens, each with a cache of
+            its own. The ids of padding and of the end are those of the first.
+        prompts: see `pad_prompts`.
+        key: random key, consumed. Each row has a stream of its own, so that what is drawn for it
+            does not depend on how many rows there are.
+        max_new_tokens: most tokens N of a completion.
+        combine: what is decoded, from the models' logits; e.g. `egjax.lm.ratio.ratio_combine`.
+            Pass the same function object again to reuse the compilation.
+        temperature: divides the logits before drawing; 0 takes the most likely token.
+        top_p: draw from the smallest set of tokens with at least this probability (nucleus,
+            Holtzman et al. 2020, arXiv 1904.09751).
+
+    Raises:
+        EgjaxError: the models' vocabularies differ in size, the context is too short, or a
+            setting is out of range.
+    """
+    check_vocabularies({f"model {i}": config.vocab_size for i, (_, config) in enumerate(models)})
+    slots = prompts.tokens.shape[1] + max_new_tokens
+    for _, config in models:
+        if slots > config.max_seq_len:
+            raise EgjaxError(
+                f"prompts padded to {prompts.tokens.shape[1]} tokens and {max_new_tokens} new ones "
+                f"exceed the context of {config.max_seq_len}",
+                remedy="shorten the prompts, max_new_tokens or the bucket",
+            )
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise EgjaxError(f"temperature {temperature}, top_p {top_p}", remedy="≥ 0 and in (0, 1]")
+    return _generate(
+        tuple(params for params, _ in models),
+        prompts,
+        key,
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        configs=tuple(config for _, config in models),
+        combine=combine,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+@struct.dataclass
+class _Loop:
+    """What the loop over tokens carries: caches, the step to do next, and the result so far."""
+
+    caches: tuple[Cache, ...]
+    step: Array
+    result: Generation
+
+
+@partial(jax.jit, static_argnames=("configs", "combine", "max_new_tokens"))
+def _generate(
+    params: tuple[Params, ...],
+    prompts: Prompts,
+    key: Array,
+    temperature: Array,
+    top_p: Array,
+    *,
+    configs: tuple[LlamaConfig, ...],
+    combine: Combine,
+    max_new_tokens: int,
+) -> Generation:
+    rows, length = prompts.tokens.shape
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+    eos = jnp.array(configs[0].eos_ids, jnp.int32)
+    pad = configs[0].pad_id or 0
+    filler = ~prompts.mask.any(axis=1)
+
+    def read(caches, tokens, mask):
+        """Combined logits [B, V] after the last of these tokens, and the caches with them."""
+        outs = [
+            trunk(p, c, tokens, segment_ids=mask.astype(jnp.int32), cache=cache)
+            for p, c, cache in zip(params, configs, caches)
+        ]
+        logits = [unembed(p, c, o.final[:, -1]) for p, c, o in zip(params, configs, outs)]
+        return combine(tuple(logits)), tuple(out.cache for out in outs if out.cache is not None)
+
+    def choose(logits, step, result):
+        """Draws token `step` of the rows that go on."""
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        token = _draw(logits, step_keys, temperature, top_p)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        going = ~(result.ended | filler)
+        token = jnp.where(going, token, pad)
+        return Generation(
+            tokens=result.tokens.at[:, step].set(token),
+            logps=result.logps.at[:, step].set(jnp.where(going, logp, 0.0)),
+            mask=result.mask.at[:, step].set(going),
+            ended=result.ended | (going & (token[:, None] == eos).any(axis=1)),
+        )
+
+    def unfinished(loop):
+        return (loop.step < max_new_tokens) & ~(loop.result.ended | filler).all()
+
+    def advance(loop):
+        last = loop.step - 1
+        logits, caches = read(
+            loop.caches, loop.result.tokens[:, last, None], loop.result.mask[:, last, None]
+        )
+        return _Loop(caches, loop.step + 1, choose(logits, loop.step, loop.result))
+
+    shape = (rows, max_new_tokens)
+    blank = Generation(
+        tokens=jnp.full(shape, pad, jnp.int32),
+        logps=jnp.zeros(shape, jnp.float32),
+        mask=jnp.zeros(shape, bool),
+        ended=jnp.zeros(rows, bool),
+    )
+    caches = tuple(empty(config, rows, length + max_new_tokens) for config in configs)
+    logits, caches = read(caches, prompts.tokens, prompts.mask)
+    start = _Loop(caches, jnp.int32(1), choose(logits, 0, blank))
+    return jax.lax.while_loop(unfinished, advance, start).result
+
+
+def _draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:
+    """A token int32[B] per row of logits [B, V]; temperature 0 takes the most likely."""
+
+    def sample() -> Array:
+        scaled = logits / temperature
+        return jax.vmap(jax.random.categorical)(keys, _nucleus(scaled, top_p))
+
+    likeliest = jnp.argmax(logits, axis=-1)
+    token = jax.lax.cond(temperature > 0, sample, lambda: likeliest)
+    return token.astype(jnp.int32)
+
+
+def _nucleus(logits: Array, top_p: Array) -> Array:
+    """Logits [B, V] with −inf outside the smallest set of probability at least `top_p`."""
+    descending = -jnp.sort(-logits, axis=-1)
+    shares = jax.nn.softmax(descending, axis=-1)
+    kept = jnp.cumsum(shares, axis=-1) - shares < top_p
+    lowest = jnp.where(kept, descending, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+def completions(generation: Generation, eos_ids: Sequence[int]) -> list[list[int]]:
+    """Token ids of each completion on the host, without the end token and padding."""
+    host: Any = jax.device_get((generation.tokens, generation.mask))
+    return [
+        [int(token) for token, real in zip(tokens, mask) if real and int(token) not in eos_ids]
+        for tokens, mask in zip(*host)
+    ]

@@ -1,0 +1,142 @@
+"""The parameters of a Llama: one table says of each tensor its shape, axes and initialiser.
+
+From that table come the initial values, the abstract shapes and the placement on a mesh. The
+parameters are a nested dict; the layers of the model are stacked on a leading axis, so that the
+model scans over them and compiles one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from egjax.lm.config import LlamaConfig
+from egjax.mesh import sharding
+
+__all__ = ["Params", "Spec", "abstract", "count", "init", "shardings", "table"]
+
+Params = dict[str, Any]
+Initializer = Callable[..., jax.Array]
+
+EMBEDDING_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its element type.
+        axes: logical name of each dimension, see `egjax.mesh.RULES`.
+        init: `init(key, shape, dtype)`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+    init: Initializer
+
+
+def table(config: LlamaConfig) -> dict[str, Any]:
+    """The specification of every tensor, in the structure of the parameters.
+
+    Axes: `embed` residual stream, `heads` and `kv_heads` heads, `head` within a head, `mlp`,
+    `vocab`, `layers`. Matrices have their input axes first.
+    """
+    sizes = {
+        "layers": config.num_layers,
+        "embed": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head": config.head_dim,
+        "vocab": config.vocab_size,
+    }
+
+    def spec(init: Initializer, *axes: str) -> Spec:
+        return Spec(tuple(sizes[axis] for axis in axes), config.dtype, axes, init)
+
+    def matrix(inputs: tuple[str, ...], outputs: tuple[str, ...], scale: float = 1.0) -> Spec:
+        axes = ("layers", *inputs, *outputs)
+        initializer = jax.nn.initializers.variance_scaling(
+            scale,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(1, 1 + len(inputs))),
+            out_axis=tuple(range(1 + len(inputs), len(axes))),
+            batch_axis=0,
+        )
+        return spec(initializer, *axes)
+
+    ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+    # Each layer adds twice to the residual stream; this keeps its variance at the depth of one.
+    residual = 1 / (2 * config.num_layers)
+    layers = {
+        "attention_norm": spec(ones, "layers", "embed"),
+        "query": matrix(("embed",), ("heads", "head")),
+        "key": matrix(("embed",), ("kv_heads", "head")),
+        "value": matrix(("embed",), ("kv_heads", "head")),
+        "output": matrix(("heads", "head"), ("embed",), residual),
+        "mlp_norm": spec(ones, "layers", "embed"),
+        "gate": matrix(("embed",), ("mlp",)),
+        "up": matrix(("embed",), ("mlp",)),
+        "down": matrix(("mlp",), ("embed",), residual),
+    }
+    if config.attention_bias:
+        layers["query_bias"] = spec(zeros, "layers", "heads", "head")
+        layers["key_bias"] = spec(zeros, "layers", "kv_heads", "head")
+        layers["value_bias"] = spec(zeros, "layers", "kv_heads", "head")
+        layers["output_bias"] = spec(zeros, "layers", "embed")
+    if config.mlp_bias:
+        layers["gate_bias"] = spec(zeros, "layers", "mlp")
+        layers["up_bias"] = spec(zeros, "layers", "mlp")
+        layers["down_bias"] = spec(zeros, "layers", "embed")
+    normal = jax.nn.initializers.normal(EMBEDDING_STD)
+    specs = {
+        "embedding": spec(normal, "vocab", "embed"),
+        "layers": layers,
+        "final_norm": spec(ones, "embed"),
+    }
+    if not config.tie_embeddings:
+        specs["unembedding"] = spec(normal, "embed", "vocab")
+    return specs
+
+
+def init(key: jax.Array, config: LlamaConfig, mesh: Mesh | None = None) -> Params:
+    """Random initial parameters; with a mesh, each device makes only its part.
+
+    Args:
+        key: random key.
+        config: the model.
+        mesh: where to put them; None for the default device.
+    """
+    specs, structure = jax.tree.flatten(table(config))
+
+    def make(key):
+        keys = jax.random.split(key, len(specs))
+        values = [s.init(k, s.shape, jnp.dtype(s.dtype)) for k, s in zip(keys, specs)]
+        return jax.tree.unflatten(structure, values)
+
+    placement = None if mesh is None else shardings(config, mesh)
+    return jax.jit(make, out_shardings=placement)(key)
+
+
+def abstract(config: LlamaConfig) -> Params:
+    """Shapes and dtypes of the parameters, without any memory."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), table(config))
+
+
+def shardings(config: LlamaConfig, mesh: Mesh) -> Params:
+    """Placement of the parameters on a mesh: `embed` over `data`, the rest over `model`."""
+    return jax.tree.map(lambda s: sharding(mesh, s.axes, s.shape), table(config))
+
+
+def count(config: LlamaConfig) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))

@@ -1,0 +1,146 @@
+"""A byte-level BPE tokenizer, trained on the project's own text, in Hugging Face's file layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from egjax.errors import EgjaxError, require
+
+__all__ = ["BOS", "EOS", "PAD", "Tokenizer"]
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+class Tokenizer:
+    """Text to token ids and back, without loss: `decode(encode(text)) == text`.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`. Use `train` or `load`.
+    """
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+        """Learns merges of byte pairs; the same texts in the same order give the same tokenizer.
+
+        Byte-pair encoding after Sennrich et al. 2016 (arXiv 1508.07909), over bytes as in GPT-2.
+
+        Args:
+            texts: the text to learn from.
+            vocab_size: tokens in all: three special ones, 256 bytes and merges.
+
+        Raises:
+            EgjaxError: the vocabulary is too small for the bytes, or the text has too few pairs
+                to fill it.
+        """
+        tokenizers = require("tokenizers", "lm")
+        if vocab_size < 3 + 256:
+            raise EgjaxError(f"a vocabulary of {vocab_size}", remedy="259 is the least")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        tokenizer = cls(backend)
+        if tokenizer.vocab_size != vocab_size:
+            raise EgjaxError(
+                f"the text yields {tokenizer.vocab_size} tokens, {vocab_size} are wanted",
+                remedy="give more text or ask for a smaller vocabulary",
+            )
+        return tokenizer
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads `tokenizer.json` of a folder, this project's or Hugging Face's.
+
+        Raises:
+            EgjaxError: the file is missing or cannot be read.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
+        try:
+            return cls(require("tokenizers", "lm").Tokenizer.from_file(str(path)))
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise EgjaxError(f"not a tokenizer: {error}", where=str(path)) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and what transformers' `AutoTokenizer` needs beside it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / FILE))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": PAD,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the special ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON; equal for tokenizers that encode alike."""
+        fields = json.loads(self._backend.to_str())
+        # How a batch is padded or cut is a matter of its use, not of the vocabulary.
+        fields.pop("padding", None)
+        fields.pop("truncation", None)
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def token_id(self, token: str) -> int:
+        """Id of one token such as `"<eos>"`.
+
+        Raises:
+            EgjaxError: the vocabulary lacks it.
+        """
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise EgjaxError(f"the vocabulary has no token {token!r}")
+        return found
+
+    @property
+    def pad_id(self) -> int:
+        """Id of `<pad>`."""
+        return self.token_id(PAD)
+
+    @property
+    def bos_id(self) -> int:
+        """Id of `<bos>`."""
+        return self.token_id(BOS)
+
+    @property
+    def eos_id(self) -> int:
+        """Id of `<eos>`."""
+        return self.token_id(EOS)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no special tokens are added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, for many texts at once (in parallel)."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)

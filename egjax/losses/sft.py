@@ -1,0 +1,38 @@
+"""Supervised fine-tuning with a weight per task."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from egjax.losses.reductions import token_logps
+
+__all__ = ["sft"]
+
+Array = jax.Array
+
+
+@jax.jit
+def sft(
+    logits: Array,
+    targets: Array,
+    mask: Array,
+    weights: Array | float = 1.0,
+    vocab_mask: Array | None = None,
+) -> Array:
+    """Negative log-likelihood per token, `-α_v · log π(y_m | y_<m, x)`.
+
+    Summed over the tokens and tasks v it is the negative of L_V of multi-task post-training
+    (arXiv 2506.01312, section on small models).
+
+    Args:
+        logits: [..., T, V], any float type; position t predicts `targets[..., t]`.
+        targets: int[..., T].
+        mask: bool[..., T], True for the tokens that are learnt.
+        weights: task weight α_v of each token, broadcastable to [..., T].
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        float32[..., T], 0 where the mask is False.
+    """
+    return jnp.where(mask, -weights * token_logps(logits, targets, vocab_mask), 0.0)

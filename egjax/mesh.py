@@ -1,0 +1,144 @@
+"""Device meshes, placement of parameters and batches on them, and the start on many hosts.
+
+Every array names its axes logically ("vocab", "heads", "batch", ...); one table of rules says which
+mesh axis each name is split over. The axes of a mesh are `data` (batch, and fully sharded
+parameters) and `model` (tensor parallelism).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from egjax.errors import EgjaxError
+
+__all__ = ["RULES", "batch_sharding", "check_divides", "make_mesh", "sharding", "start_hosts"]
+
+RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "batch": "data",
+        "embed": "data",
+        "vocab": "model",
+        "heads": "model",
+        "kv_heads": "model",
+        "mlp": "model",
+    }
+)
+"""Mesh axis of each logical axis; a name that is not listed is never split."""
+
+
+def make_mesh(*, data: int | None = None, model: int = 1, devices: Sequence[Any] | None = None):
+    """Builds the mesh with axes `("data", "model")`.
+
+    Args:
+        data: devices along `data`; None takes all that `model` leaves.
+        model: devices along `model`.
+        devices: devices to use; None takes all of them.
+
+    Returns:
+        A `Mesh` of `data · model` devices whose axes are `AxisType.Auto`: the default, Explicit,
+        refuses embedding lookups and optax's integer cross-entropy on a sharded vocabulary.
+
+    Raises:
+        EgjaxError: the sizes do not fit the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if model < 1 or (data is not None and data < 1):
+        raise EgjaxError(f"mesh of data={data}, model={model}", remedy="give sizes of at least 1")
+    rows = len(found) // model if data is None else data
+    if rows == 0 or rows * model > len(found) or (data is None and rows * model != len(found)):
+        raise EgjaxError(
+            f"a mesh of data={data}, model={model} does not fit {len(found)} devices",
+            remedy="choose sizes whose product is at most the number of devices",
+        )
+    return jax.make_mesh(
+        (rows, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=found[: rows * model],
+    )
+
+
+def sharding(
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Mapping[str, str] = RULES,
+) -> NamedSharding:
+    """Placement of one array.
+
+    Args:
+        mesh: the mesh.
+        axes: logical name of each dimension, None for one that is never split.
+        shape: size of each dimension.
+        rules: mesh axis of each logical name.
+
+    Returns:
+        The sharding. A dimension that its mesh axis does not divide stays whole, and a mesh axis
+        is used once, by the first dimension that asks for it.
+    """
+    used: set[str] = set()
+    spec: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        axis = rules.get(name) if name else None
+        fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
+        spec.append(axis if fits else None)
+        if fits and axis is not None:
+            used.add(axis)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Placement of a batch: its leading axis is split over `data`, the rest is whole."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def start_hosts(
+    coordinator: str | None = None,
+    hosts: int | None = None,
+    index: int | None = None,
+    *,
+    timeout_s: int = 300,
+) -> int:
+    """Joins this process to the others of a multi-host job; call it before any other JAX call.
+
+    On a TPU pod or under Slurm every argument is found out by JAX and may stay None.
+
+    Args:
+        coordinator: `"address:port"` of the process with index 0.
+        hosts: number of processes.
+        index: this process' index.
+        timeout_s: seconds to wait for the others.
+
+    Returns:
+        The index of this process.
+
+    Raises:
+        EgjaxError: the arguments are incomplete or the coordinator cannot be reached. (A process
+            that does reach it, but waits in vain for others, is ended by JAX's runtime.)
+    """
+    if index is not None and hosts is not None and not 0 <= index < hosts:
+        raise EgjaxError(f"process index {index} of {hosts}", remedy="indices run from 0")
+    try:
+        jax.distributed.initialize(coordinator, hosts, index, initialization_timeout=timeout_s)
+    except (RuntimeError, ValueError) as error:
+        raise EgjaxError(
+            f"process {index} of {hosts} did not join at {coordinator}: {error}",
+            remedy="start the same command on every host, within the timeout, before other JAX use",
+        ) from error
+    return jax.process_index()
+
+
+def check_divides(mesh: Mesh, batch: int) -> None:
+    """Raises `EgjaxError` unless a batch of this size splits evenly over `data`."""
+    rows = mesh.shape["data"]
+    if batch % rows:
+        raise EgjaxError(
+            f"a batch of {batch} does not split over {rows} devices",
+            remedy=f"use a multiple of {rows}, e.g. {math.ceil(batch / rows) * rows}",
+        )

@@ -1,0 +1,296 @@
+"""From the trajectories of a search to labelled experience.
+
+Positive: after the plan every goal predicate holds; pruned of steps that it can do without,
+shortest first. Failed: an exploration after which they do not. Redundant: a plan that reaches the
+goal with needless steps, found so by the search or made from the shortest one by inserting accepted
+steps.
+See "Growing Through Experience" (arXiv 2506.01312), section 3.1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from egjax.errors import EgjaxError
+from egjax.search.mcts import Embedding, Outcome, Params, World
+
+__all__ = ["Experience", "LabelConfig", "Pair", "insert", "label", "pairs", "prune", "replay"]
+
+Array = jax.Array
+Plan = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    """How to label.
+
+    Attributes:
+        k: plans of each kind a task at most.
+        margin: a success counts as redundant if it has at least so many steps more than the
+            shortest, ...
+        ratio: ... and at least so many times its steps.
+        stretch: a failure is cut to so many times the steps of the shortest success; what is left
+            is a failed exploration as well, and not told from a success by its length.
+        variants: attempts at inserting needless steps into the shortest success.
+    """
+
+    k: int = 4
+    margin: int = 2
+    ratio: float = 1.25
+    stretch: float = 2.0
+    variants: int = 16
+
+
+class Experience(NamedTuple):
+    """Labelled plans of one task, as indices into its action table. Without success, no plan but
+    failures.
+
+    Attributes:
+        positives: pruned successes, shortest first.
+        failed: explorations that do not reach the goal, highest return first.
+        redundant: successes with needless steps, shortest first.
+    """
+
+    positives: list[Plan]
+    failed: list[Plan]
+    redundant: list[Plan]
+
+
+class Pair(NamedTuple):
+    """A preference: the shortest success against a plan that is worse, and why it is.
+
+    `kind` is "failed" or "redundant".
+    """
+
+    chosen: Plan
+    rejected: Plan
+    kind: str
+
+
+def replay(
+    world: World, params: Params, embedding: Embedding, plan: Array, steps: Array
+) -> tuple[Array, Array]:
+    """Plays one plan, skipping what is not legal and all that comes after the goal.
+
+    Args:
+        world: the rules.
+        params, embedding: one task and where it starts.
+        plan: int32[L]. Actions; -1 is skipped.
+        steps: int32[]. Only so many places of the plan are looked at.
+
+    Returns:
+        accepted bool[L] and solved bool[].
+    """
+
+    def step(carry):
+        place, embedding, done, accepted = carry
+        index = jnp.maximum(plan[place], 0)
+        taken = world.legal(params, embedding)[index] & (plan[place] >= 0) & ~done
+        after, _, solved, _ = world.step(params, embedding, index)
+        embedding = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, embedding)
+        return place + 1, embedding, done | (taken & solved), accepted.at[place].set(taken)
+
+    start = jnp.zeros((), jnp.int32), embedding, jnp.zeros((), bool), jnp.zeros(plan.shape, bool)
+    _, _, solved, accepted = jax.lax.while_loop(lambda carry: carry[0] < steps, step, start)
+    return accepted, solved
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replay_batch(
+    world: World, params: Params, embedding: Embedding, plans: Array, steps: Array
+) -> tuple[Array, Array]:
+    one = functools.partial(replay, world)
+    every = jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, 0, 0, None))
+    return every(params, embedding, plans, steps)
+
+
+def _replays(
+    world: World, params: Params, embedding: Embedding, plans: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Accepted bool[B, P, L] and solved bool[B, P] of P plans a task.
+
+    Plans go through in rounds of four, padded to a multiple of 64 steps: with few shapes, labelling
+    compiles the world once.
+    """
+    batch, count, length = plans.shape
+    padded = np.full((batch, -(-count // 4) * 4, -(-length // 64) * 64), -1, np.int32)
+    padded[:, :count, :length] = plans
+    used = (padded >= 0).any((0, 1))
+    steps = jnp.int32(np.flatnonzero(used)[-1] + 1 if used.any() else 0)
+    rounds = [
+        _replay_batch(world, params, embedding, jnp.asarray(padded[:, start : start + 4]), steps)
+        for start in range(0, padded.shape[1], 4)
+    ]
+    accepted, solved = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
+    return accepted[:, :count, :length], solved[:, :count]
+
+
+def prune(world: World, params: Params, embedding: Embedding, plans: np.ndarray) -> np.ndarray:
+    """Removes steps that plans can do without, one after the other, from the last to the first.
+
+    A step goes if the rest still reaches the goal; steps that are not legal any more go with it.
+    Repeated until nothing changes: then every step left is needed.
+
+    Args:
+        world: the rules.
+        params, embedding: pytrees of [B, ...].
+        plans: int32[B, P, L]. P plans a task, -1 for no step.
+
+    Returns:
+        int32[B, P, L], gaps of -1 where a step was removed; a plan that does not reach the goal
+        comes back as it was.
+    """
+    plans, before = np.array(plans), None
+    while before is None or (plans != before).any():
+        before = plans.copy()
+        for place in reversed(range(plans.shape[-1])):
+            if (plans[:, :, place] < 0).all():
+                continue
+            rest = plans.copy()
+            rest[:, :, place] = -1
+            accepted, solved = _replays(world, params, embedding, rest)
+            plans = np.where(solved[..., None], np.where(accepted, rest, -1), plans)
+    return plans
+
+
+def insert(
+    world: World,
+    params: Params,
+    embedding: Embedding,
+    plans: np.ndarray,
+    lots: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts needless steps into plans: of the actions offered before each step, the legal ones.
+
+    Args:
+        world: the rules.
+        params, embedding: pytrees of [B, ...].
+        plans: int32[B, L]. One plan a task, -1 for no step.
+        lots: int32[B, V, L]. Action offered before each step in each of V variants, -1 for none.
+
+    Returns:
+        int32[B, V, 2L] the longer plans with gaps of -1, and bool[B, V], whether every step of the
+        old plan was still legal, the goal was reached by the last of them and no sooner, and some
+        step was inserted.
+    """
+    old = np.broadcast_to(plans[:, None], lots.shape)
+    offered = np.where(old >= 0, lots, -1)
+    both = np.stack([offered, old], axis=-1).reshape(*lots.shape[:2], -1)
+    accepted, solved = _replays(world, params, embedding, both)
+    kept = accepted.reshape(*lots.shape, 2)
+    whole = (kept[..., 1] == (old >= 0)).all(-1)
+    return np.where(accepted, both, -1), whole & solved & kept[..., 0].any(-1)
+
+
+def _plan(row: np.ndarray) -> Plan:
+    """Steps of a padded row, gaps left out."""
+    return tuple(int(action) for action in row if action >= 0)
+
+
+def _distinct(rows: np.ndarray, order: np.ndarray, limit: int) -> list[Plan]:
+    """The first different plans in an order of rows."""
+    found: dict[Plan, None] = {}
+    for place in order:
+        if len(found) == limit:
+            break
+        found[_plan(rows[place])] = None
+    return list(found)
+
+
+def _pad(plans: Sequence[Sequence[Plan]]) -> np.ndarray:
+    """int32[B, P, L] of nested plans."""
+    width = max((len(row) for row in plans), default=0)
+    length = max((len(plan) for row in plans for plan in row), default=0)
+    padded = np.full((len(plans), max(width, 1), max(length, 1)), -1, np.int32)
+    for b, row in enumerate(plans):
+        for p, plan in enumerate(row):
+            padded[b, p, : len(plan)] = plan
+    return padded
+
+
+def label(
+    world: World,
+    config: LabelConfig,
+    params: Params,
+    embedding: Embedding,
+    outcome: Outcome,
+    key: Array,
+) -> list[Experience]:
+    """Labels what a search has tried.
+
+    Args:
+        world: as searched.
+        config: how.
+        params, embedding: pytrees of [B, ...], as searched.
+        outcome: what `egjax.search.mcts.search` returned.
+        key: random key for inserted steps.
+
+    Returns:
+        One `Experience` a task.
+
+    Raises:
+        EgjaxError: if `config` asks for less than one plan or variant.
+    """
+    if config.k < 1 or config.variants < 1:
+        raise EgjaxError("k and variants must be at least 1", where="LabelConfig")
+    record, batch = outcome.record, len(outcome.solved)
+
+    def per_task(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        return np.moveaxis(array, 1, 0).reshape(batch, -1, *array.shape[3:])
+
+    actions, solved_at = per_task(record.actions), per_task(record.solved_at)
+    length, returns = per_task(record.length), per_task(record.returns)
+    by_length = np.argsort(np.where(solved_at >= 0, solved_at, 1 << 30), axis=1, kind="stable")
+    wins = (solved_at >= 0).sum(1)
+    raw = [_distinct(actions[b], by_length[b, : wins[b]], config.k) for b in range(batch)]
+    pruned = prune(world, params, embedding, _pad(raw))
+    positives = [
+        sorted({_plan(row) for row in pruned[b, : len(raw[b])]}, key=lambda plan: (len(plan), plan))
+        for b in range(batch)
+    ]
+
+    shortest = [plans[0] if plans else () for plans in positives]
+    steps = np.array([len(plan) for plan in shortest])
+    whole = _pad([[plan] for plan in shortest])[:, 0]
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    lots = (batch, config.variants, whole.shape[1])
+    # Half of what is offered is legal, or so.
+    chance = 2 * config.margin / np.maximum(steps, 1)
+    offered = np.where(
+        rng.random(lots) < chance[:, None, None],
+        rng.integers(outcome.root_visits.shape[1], size=lots),
+        -1,
+    )
+    longer, fits = insert(world, params, embedding, whole, offered)
+
+    labelled = []
+    for b in range(batch):
+        least = max(steps[b] + config.margin, np.ceil(steps[b] * config.ratio))
+        won = by_length[b, : wins[b]]
+        redundant = _distinct(actions[b], won[solved_at[b, won] >= least], config.k)
+        if steps[b]:
+            made = _distinct(longer[b], np.flatnonzero(fits[b]), config.k)
+            redundant = list(dict.fromkeys(redundant + sorted(made, key=len)))[: config.k]
+        lost = np.flatnonzero((solved_at[b] < 0) & (length[b] > 0))
+        lost = lost[np.argsort(-returns[b, lost], kind="stable")]
+        cut = int(np.ceil(steps[b] * config.stretch)) or actions.shape[-1]
+        failed = _distinct(actions[b, :, :cut], lost, config.k)
+        labelled.append(Experience(positives[b], failed, sorted(redundant, key=len)))
+    return labelled
+
+
+def pairs(experience: Experience) -> list[Pair]:
+    """The shortest success of a task against each of its failed and redundant plans."""
+    if not experience.positives:
+        return []
+    chosen = experience.positives[0]
+    worse = [Pair(chosen, plan, "failed") for plan in experience.failed]
+    return worse + [Pair(chosen, plan, "redundant") for plan in experience.redundant]

@@ -1,0 +1,668 @@
+"""UCT over a batch of trees: an own loop over `mctx.Tree`.
+
+`mctx.search` has no hook for stopping below terminals, for several rollouts a leaf or for early
+stopping, and its backup carries the whole tree through a vmapped loop. Here a batch of trees takes
+one simulation after another: selection only reads the tree, the new node is written as one slice,
+and the backup is one masked scatter along the path, so the cost of a simulation does not grow with
+the tree.
+
+A simulation: walk down by UCT, add one node, play random rollouts from it, back the mean of their
+returns up. UCT (Kocsis and Szepesvári 2006; "Growing Through Experience", arXiv 2506.01312, 3.1):
+
+    argmax_a Q(s, a) / span + C · sqrt(ln N(s) / N(s, a)),   untried legal actions first,
+
+where `span` is the difference between the highest and the lowest return that the tree has seen, so
+that C means the same whatever the number of goals. A leaf that is solved, dead, as deep as allowed
+or a repetition of a node that the tree already has (same embedding, not deeper) is closed: it
+counts once and is never selected again, nor is a node all of whose actions are closed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from egjax.errors import EgjaxError, require
+
+mctx = require("mctx", "search")
+
+__all__ = [
+    "Outcome",
+    "Record",
+    "Search",
+    "SearchConfig",
+    "World",
+    "advance",
+    "begin",
+    "pick",
+    "search",
+    "tree_to_dict",
+    "uniform",
+]
+
+Array = jax.Array
+Params = Any
+Embedding = Any
+_CLOSED = -jnp.inf
+
+
+def uniform(params: Params, embedding: Embedding, legal: Array) -> Array:
+    """Rollout weights f32[A] of the plain random rollout: every legal action alike."""
+    del params, embedding
+    return legal.astype(jnp.float32)
+
+
+class World(NamedTuple):
+    """What is searched, as functions for one item; the search batches them with `jax.vmap`.
+
+    Attributes:
+        legal: `(params, embedding) -> bool[A]`, the actions that may be taken.
+        step: `(params, embedding, action int32[]) -> (embedding, reward f32[], solved bool[],
+            dead bool[])`. Only called with legal actions as far as results are used.
+        weights: `(params, embedding, legal bool[A]) -> f32[A]`, unnormalised probabilities of a
+            rollout's next action; illegal actions must have 0.
+    """
+
+    legal: Callable[[Params, Embedding], Array]
+    step: Callable[[Params, Embedding, Array], tuple[Embedding, Array, Array, Array]]
+    weights: Callable[[Params, Embedding, Array], Array] = uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """How to search.
+
+    Attributes:
+        simulations: simulations a tree at most, each adding one node.
+        rollouts: random rollouts from each new node; their mean return is backed up.
+        rollout_steps: steps a rollout at most.
+        max_depth: no node lies deeper than this many actions.
+        exploration: C of UCT.
+        discount: of rewards a step.
+        chunk: simulations between two looks at the clock and at what is solved.
+        until_solved: leave as soon as every tree has a solution.
+        seconds: leave after this wall time; 0 for no limit.
+    """
+
+    simulations: int = 256
+    rollouts: int = 8
+    rollout_steps: int = 24
+    max_depth: int = 40
+    exploration: float = 0.5
+    discount: float = 1.0
+    chunk: int = 16
+    until_solved: bool = True
+    seconds: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Longest trajectory in actions."""
+        return self.max_depth + self.rollout_steps
+
+
+@struct.dataclass
+class Record:
+    """Every trajectory that was tried. Leading axes: [simulations, batch, rollouts].
+
+    Attributes:
+        actions: int16[..., L]. From the root through tree and rollout; -1 after the end.
+        length: int32[...]. Number of actions; 0 where the tree was exhausted.
+        solved_at: int32[...]. Number of actions after which all is solved, -1 for never.
+        returns: float32[...]. Discounted sum of rewards from the root.
+    """
+
+    actions: Array
+    length: Array
+    solved_at: Array
+    returns: Array
+
+
+@struct.dataclass
+class Search:
+    """A batch of B trees in the making; `advance` consumes one and gives the next.
+
+    Attributes:
+        tree: `mctx.Tree` of S + 1 nodes; a closed or illegal action has prior logit -inf.
+        depth: int32[B, S+1]. Actions from the root; huge for a node not in the tree.
+        prints: uint32[B, S+1, 2]. Hash of each node's embedding.
+        simulation: int32[]. Simulations done.
+        used: int32[B]. Of these, those before the tree was exhausted or first solved.
+        low, high: float32[B]. Lowest and highest return seen.
+        solved: bool[B]. A solution was found.
+        best: int16[B, L]. Shortest solution, else the trajectory of the highest return.
+        best_length: int32[B]. Its number of actions.
+        best_return: float32[B]. Its return.
+        keys: one random key a tree.
+    """
+
+    tree: Any
+    depth: Array
+    prints: Array
+    simulation: Array
+    used: Array
+    low: Array
+    high: Array
+    solved: Array
+    best: Array
+    best_length: Array
+    best_return: Array
+    keys: Array
+
+
+class Outcome(NamedTuple):
+    """What a search found, on the host.
+
+    Attributes:
+        solved: bool[B].
+        actions: int16[B, L]. Shortest solution, else the trajectory of highest return; -1 padded.
+        length: int32[B]. Its number of actions.
+        returns: float32[B]. Its return.
+        simulations: int32[B]. Simulations until the first solution, else all that were used.
+        root_visits: int32[B, A].
+        record: every trajectory tried, numpy arrays.
+        search: the trees, on the device.
+        seconds: wall time of the search, compilation included.
+    """
+
+    solved: np.ndarray
+    actions: np.ndarray
+    length: np.ndarray
+    returns: np.ndarray
+    simulations: np.ndarray
+    root_visits: np.ndarray
+    record: Record
+    search: Search
+    seconds: float
+
+
+def _fingerprint(embedding: Embedding) -> Array:
+    """Two independent 32-bit hashes of all leaves; one item. Returns uint32[2]."""
+    total = jnp.zeros((2,), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(embedding)):
+        flat = jnp.ravel(leaf)
+        if jnp.issubdtype(flat.dtype, jnp.floating):
+            flat = jax.lax.bitcast_convert_type(flat.astype(jnp.float32), jnp.uint32)
+        place = jnp.arange(flat.size, dtype=jnp.uint32) + jnp.uint32(number * 0x10000)
+        for half, factor in enumerate((0x9E3779B1, 0x85EBCA77)):
+            # A value must not be exchangeable between places: each has its own odd multiplier.
+            word = (flat.astype(jnp.uint32) + 1) * (_mix(place * jnp.uint32(factor)) | 1)
+            total = total.at[half].add(jnp.sum(_mix(word), dtype=jnp.uint32))
+    return total
+
+
+def _mix(word: Array) -> Array:
+    """Integer hash of uint32 words (Wellons' lowbias32)."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def begin(
+    world: World, config: SearchConfig, params: Params, embedding: Embedding, keys: Array
+) -> Search:
+    """Plants the roots.
+
+    Args:
+        world: what is searched.
+        config: sizes are taken from it.
+        params: pytree of [B, ...]; the task of each tree.
+        embedding: pytree of [B, ...]; the state that each tree starts from.
+        keys: B random keys; a tree's search depends on its own alone.
+    """
+    legal = jax.vmap(world.legal)(params, embedding)
+    batch, actions = legal.shape
+    nodes = config.simulations + 1
+    per_action = (batch, nodes, actions)
+
+    def root_row(value: Array, fill: Any = 0) -> Array:
+        empty = jnp.full((batch, nodes, *value.shape[1:]), fill, value.dtype)
+        return empty.at[:, 0].set(value)
+
+    tree = mctx.Tree(
+        node_visits=jnp.zeros((batch, nodes), jnp.int32),
+        raw_values=jnp.zeros((batch, nodes), jnp.float32),
+        node_values=jnp.zeros((batch, nodes), jnp.float32),
+        parents=jnp.full((batch, nodes), mctx.Tree.NO_PARENT, jnp.int32),
+        action_from_parent=jnp.full((batch, nodes), mctx.Tree.NO_PARENT, jnp.int32),
+        children_index=jnp.full(per_action, mctx.Tree.UNVISITED, jnp.int32),
+        children_prior_logits=root_row(jnp.where(legal, 0.0, _CLOSED), _CLOSED),
+        children_visits=jnp.zeros(per_action, jnp.int32),
+        children_rewards=jnp.zeros(per_action, jnp.float32),
+        children_discounts=jnp.full(per_action, config.discount, jnp.float32),
+        children_values=jnp.zeros(per_action, jnp.float32),
+        embeddings=jax.tree.map(root_row, embedding),
+        root_invalid_actions=~legal,
+        extra_data=None,
+    )
+    return Search(
+        tree=tree,
+        depth=root_row(jnp.zeros((batch,), jnp.int32), jnp.iinfo(jnp.int32).max),
+        prints=root_row(jax.vmap(_fingerprint)(embedding)),
+        simulation=jnp.zeros((), jnp.int32),
+        used=jnp.zeros((batch,), jnp.int32),
+        low=jnp.full((batch,), jnp.inf, jnp.float32),
+        high=jnp.full((batch,), -jnp.inf, jnp.float32),
+        solved=jnp.zeros((batch,), bool),
+        best=jnp.full((batch, config.length), -1, jnp.int16),
+        best_length=jnp.zeros((batch,), jnp.int32),
+        best_return=jnp.full((batch,), -jnp.inf, jnp.float32),
+        keys=keys,
+    )
+
+
+class _Path(NamedTuple):
+    """Way down of each tree, without the new node at its end. D = max_depth.
+
+    Attributes:
+        nodes, actions: int32[B, D+1]. -1 from the new node on.
+        rewards: float32[B, D+1]. Of each action; 0 behind the end.
+        edges: int32[B]. Number of actions, the new one included; 0 in an exhausted tree.
+    """
+
+    nodes: Array
+    actions: Array
+    rewards: Array
+    edges: Array
+
+
+def _select(config: SearchConfig, state: Search, salt: Array) -> _Path:
+    """UCT from the root to the first edge without child; `salt` uint32[B] orders the untried."""
+    tree, rows = state.tree, jnp.arange(salt.shape[0])
+    order = _mix(jnp.arange(tree.num_actions, dtype=jnp.uint32)[None] ^ salt[:, None])
+    order = (order >> 8).astype(jnp.float32)  # 24 bits, exact in float32
+    span = jnp.maximum(state.high - state.low, 1e-6)[:, None]
+
+    def down(carry):
+        level, node, walking, path = carry
+        visits = tree.children_visits[rows, node]
+        parent = jnp.maximum(tree.node_visits[rows, node], 1).astype(jnp.float32)[:, None]
+        bonus = jnp.sqrt(jnp.log(parent) / jnp.maximum(visits, 1))
+        score = tree.qvalues(node) / span + config.exploration * bonus
+        score = jnp.where(visits > 0, score, 1e9 + 1e3 * order)
+        score = jnp.where(tree.children_prior_logits[rows, node] == _CLOSED, _CLOSED, score)
+        action = jnp.argmax(score, axis=-1).astype(jnp.int32)
+        walking &= jnp.max(score, axis=-1) > _CLOSED
+        child = tree.children_index[rows, node, action]
+        path = _Path(
+            nodes=path.nodes.at[:, level].set(jnp.where(walking, node, -1)),
+            actions=path.actions.at[:, level].set(jnp.where(walking, action, -1)),
+            rewards=path.rewards.at[:, level].set(
+                jnp.where(walking, tree.children_rewards[rows, node, action], 0.0)
+            ),
+            edges=path.edges + walking,
+        )
+        walking &= child != mctx.Tree.UNVISITED
+        return level + 1, jnp.where(walking, child, node), walking, path
+
+    shape = (rows.size, config.max_depth + 1)
+    none = jnp.full(shape, -1, jnp.int32)
+    path = _Path(none, none, jnp.zeros(shape, jnp.float32), jnp.zeros(rows.size, jnp.int32))
+    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(rows), jnp.ones(rows.size, bool), path)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), down, start)[3]
+
+
+def pick(weights: Array, draw: Array) -> Array:
+    """Index int32[] drawn in proportion to weights f32[A] by a uniform number in [0, 1)."""
+    upto = jnp.cumsum(weights)
+    return jnp.argmax(upto > draw * upto[-1]).astype(jnp.int32)
+
+
+class _Leaf(NamedTuple):
+    """What a new node is; of one item or [B, ...].
+
+    Attributes:
+        embedding: its state.
+        legal: bool[A].
+        reward: of the step to it.
+        ended: it is solved or dead, or nothing is legal.
+    """
+
+    embedding: Embedding
+    legal: Array
+    reward: Array
+    ended: Array
+
+
+def _rollout(
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    embedding: Embedding,
+    action: Array,
+    key: Array,
+) -> tuple[_Leaf, Array, Array, Array, Array]:
+    """Makes a leaf and plays one random rollout from it.
+
+    The tree's own step to the leaf is the first of the loop's, so that the world's functions are
+    compiled once: they are most of the program.
+
+    Args:
+        world, config, params: as in `advance`; one item.
+        embedding: of the leaf's parent.
+        action: int32[] that leads to the leaf.
+        key: random key.
+
+    Returns:
+        The leaf, the rollout's actions int16[T], their number, whether the leaf or the rollout
+        solved the task, and the rollout's return from the leaf on.
+    """
+
+    def step(carry, x):
+        embedding, action, done, steps, total, ever, leaf = carry
+        time, draw = x
+        embedding, reward, solved, dead = world.step(params, embedding, action)
+        legal = world.legal(params, embedding)
+        ended = solved | dead | ~jnp.any(legal)
+        # What happens after the end is computed and ignored: cheaper than choosing between states.
+        counted = ~done & (time > 0)
+        total += jnp.where(counted, config.discount ** (time - 1.0) * reward, 0.0)
+        new = _Leaf(embedding, legal, reward, ended)
+        leaf = jax.tree.map(lambda new, old: jnp.where(time == 0, new, old), new, leaf)
+        taken = jnp.where(done, -1, action).astype(jnp.int16)
+        action = pick(world.weights(params, embedding, legal), draw)
+        ever |= solved & ~done
+        return (embedding, action, done | ended, steps + counted, total, ever, leaf), taken
+
+    steps, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    total = jnp.zeros((), jnp.float32)
+    shapes = jax.eval_shape(world.legal, params, embedding)
+    leaf = _Leaf(embedding, jnp.zeros(shapes.shape, bool), total, no)
+    carry = embedding, action, no, steps, total, no, leaf
+    times = jnp.arange(config.rollout_steps + 1)
+    draws = jax.random.uniform(key, times.shape)
+    (_, _, _, steps, total, ever, leaf), actions = jax.lax.scan(step, carry, (times, draws))
+    return leaf, actions[1:], steps, ever, total
+
+
+def _expand(
+    config: SearchConfig, state: Search, path: _Path, leaf: _Leaf
+) -> tuple[Search, _Path, Array]:
+    """Writes node `simulation + 1` of every tree; an exhausted tree gets an unlinked one.
+
+    Returns:
+        The trees, the path with the reward of its last edge, and bool[B], whether that edge is
+        never to be selected again.
+    """
+    tree, rows = state.tree, jnp.arange(path.edges.size)
+    new = state.simulation + 1
+    live = path.edges > 0
+    parent, action = _last_edge(path)
+    prints = jax.vmap(_fingerprint)(leaf.embedding)
+    seen = jnp.all(state.prints == prints[:, None], axis=-1)
+    repeated = jnp.any(seen & (state.depth <= path.edges[:, None]), axis=-1)
+    closed = live & (leaf.ended | repeated | (path.edges >= config.max_depth))
+    prior = jnp.where(leaf.legal & ~closed[:, None], 0.0, _CLOSED)
+
+    def put(array: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), new, 1)
+
+    edge = (jnp.where(live, rows, rows.size), parent, action)  # out of range: dropped
+    tree = tree.replace(
+        parents=put(tree.parents, jnp.where(live, parent, mctx.Tree.NO_PARENT)),
+        action_from_parent=put(
+            tree.action_from_parent, jnp.where(live, action, mctx.Tree.NO_PARENT)
+        ),
+        children_index=tree.children_index.at[edge].set(new, mode="drop"),
+        children_rewards=tree.children_rewards.at[edge].set(leaf.reward, mode="drop"),
+        children_prior_logits=put(tree.children_prior_logits, prior),
+        embeddings=jax.tree.map(put, tree.embeddings, leaf.embedding),
+    )
+    state = dataclasses.replace(
+        state,
+        tree=tree,
+        depth=put(state.depth, jnp.where(live, path.edges, jnp.iinfo(jnp.int32).max)),
+        prints=put(state.prints, prints),
+    )
+    last = jnp.maximum(path.edges - 1, 0)
+    rewards = path.rewards.at[rows, last].set(jnp.where(live, leaf.reward, 0.0))
+    return state, path._replace(rewards=rewards), closed
+
+
+def _last_edge(path: _Path) -> tuple[Array, Array]:
+    """Node and action, int32[B], of the edge to the new node; 0 in an exhausted tree."""
+    rows, last = jnp.arange(path.edges.size), jnp.maximum(path.edges - 1, 0)
+    return jnp.maximum(path.nodes[rows, last], 0), jnp.maximum(path.actions[rows, last], 0)
+
+
+def _close(tree: Any, path: _Path, closed: Array) -> Any:
+    """Closes the last edge of the path and every edge above it that leads to closed edges only."""
+    rows = jnp.arange(closed.size)
+
+    def up(carry):
+        level, closing, priors = carry
+        at = jnp.maximum(level, 0)
+        node = jnp.maximum(path.nodes[rows, at], 0)
+        action = jnp.maximum(path.actions[rows, at], 0)
+        priors = priors.at[jnp.where(closing, rows, rows.size), node, action].set(
+            _CLOSED, mode="drop"
+        )
+        closing &= jnp.all(priors[rows, node] == _CLOSED, axis=-1) & (level > 0)
+        return level - 1, closing, priors
+
+    start = (path.edges - 1, closed, tree.children_prior_logits)
+    priors = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), up, start)[2]
+    return tree.replace(children_prior_logits=priors)
+
+
+def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value: Array) -> Any:
+    """Mean backup along the whole path, one scatter a field. Returns the tree."""
+    tree, rows = state.tree, jnp.arange(value.size)[:, None]
+    level = jnp.arange(config.max_depth + 1)
+    new = state.simulation + 1
+    at_leaf = level[None] == path.edges[:, None]
+    nodes = jnp.where(at_leaf, new, path.nodes)
+    # Out of range, hence dropped: behind the leaf, and all of an exhausted tree.
+    nodes = jnp.where((nodes >= 0) & live[:, None], nodes, tree.node_visits.shape[1])
+    lag = level[None, :] - level[:, None]
+    powers = jnp.where(lag >= 0, config.discount ** jnp.maximum(lag, 0), 0.0)
+    left = jnp.maximum(path.edges[:, None] - level[None], 0)
+    to_go = path.rewards @ powers.T + config.discount**left * value[:, None]
+    old = tree.node_values.at[rows, nodes].get(mode="fill", fill_value=0.0)
+    count = tree.node_visits.at[rows, nodes].get(mode="fill", fill_value=0)
+    mean = old + (to_go - old) / (count + 1)
+    edge = (rows, jnp.where(at_leaf, tree.node_visits.shape[1], nodes)[:, :-1])
+    edge = (*edge, jnp.maximum(path.actions[:, :-1], 0))
+    return tree.replace(
+        raw_values=tree.raw_values.at[:, new].set(value),
+        node_values=tree.node_values.at[rows, nodes].set(mean, mode="drop"),
+        node_visits=tree.node_visits.at[rows, nodes].add(1, mode="drop"),
+        children_visits=tree.children_visits.at[edge].add(1, mode="drop"),
+        children_values=tree.children_values.at[edge].set(mean[:, 1:], mode="drop"),
+    )
+
+
+def _simulate(
+    world: World, config: SearchConfig, params: Params, state: Search
+) -> tuple[Search, Record]:
+    """One simulation of every tree."""
+    rows = jnp.arange(state.used.size)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.simulation)
+    path = _select(config, state, jax.vmap(lambda key: jax.random.bits(key, ()))(keys))
+    live = path.edges > 0
+
+    def rollouts(params, embedding, action, key):
+        keys = jax.random.split(jax.random.fold_in(key, 1), config.rollouts)
+        one = functools.partial(_rollout, world, config, params, embedding, action)
+        return jax.vmap(one)(keys)
+
+    parent, action = _last_edge(path)
+    before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
+    leaf, played, steps, ever, total = jax.vmap(rollouts)(params, before, action, keys)
+    leaf = jax.tree.map(lambda x: x[:, 0], leaf)  # the same in all rollouts
+    state, path, closed = _expand(config, state, path, leaf)
+    value = jnp.mean(total, axis=1)
+
+    level = jnp.arange(config.max_depth + 1)
+    so_far = jnp.sum(path.rewards * config.discount**level, axis=1)
+    returns = so_far[:, None] + config.discount ** path.edges[:, None] * total
+    returns = jnp.where(live[:, None], returns, 0.0)
+    length = jnp.where(live[:, None], path.edges[:, None] + steps, 0)
+    solved = ever & live[:, None]
+    # The rollout's actions follow the path's, wherever that ends.
+    place = jnp.arange(config.length)
+    behind = jnp.clip(place[None] - path.edges[:, None], 0, config.rollout_steps - 1)
+    behind = jnp.broadcast_to(behind[:, None], (rows.size, config.rollouts, config.length))
+    ahead = path.actions[:, jnp.minimum(place, config.max_depth)].astype(jnp.int16)
+    actions = jnp.where(
+        place < path.edges[:, None, None],
+        ahead[:, None],
+        jnp.take_along_axis(played, behind, axis=2),
+    )
+    actions = jnp.where(place < length[..., None], actions, -1)
+    record = Record(actions, length, jnp.where(solved, length, -1), returns)
+
+    tree = _backup(config, state, path, live, value)
+    tree = _close(tree, path, closed)
+    state = dataclasses.replace(
+        state,
+        tree=tree,
+        simulation=state.simulation + 1,
+        used=state.used + (live & ~state.solved),
+        low=jnp.where(live, jnp.minimum(state.low, returns.min(1)), state.low),
+        high=jnp.where(live, jnp.maximum(state.high, returns.max(1)), state.high),
+    )
+    return _keep_best(state, record), record
+
+
+def _keep_best(state: Search, record: Record) -> Search:
+    """A shorter solution beats a longer one, any solution beats none, else the higher return."""
+    rows = jnp.arange(state.used.size)
+    solved = record.solved_at >= 0
+    tried = record.length > 0
+    # Lengths are below 1e6 and returns far below it, so one number orders all three cases.
+    score = jnp.where(solved, 2e6 - record.length, record.returns)
+    score = jnp.where(tried, score, -jnp.inf)
+    which = jnp.argmax(score, axis=1)
+    kept = jnp.where(state.solved, 2e6 - state.best_length, state.best_return)
+    better = score[rows, which] > kept
+    return dataclasses.replace(
+        state,
+        solved=state.solved | jnp.any(solved, axis=1),
+        best=jnp.where(better[:, None], record.actions[rows, which], state.best),
+        best_length=jnp.where(better, record.length[rows, which], state.best_length),
+        best_return=jnp.where(better, record.returns[rows, which], state.best_return),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=(3,))
+def advance(
+    world: World, config: SearchConfig, params: Params, state: Search, simulations: int
+) -> tuple[Search, Record]:
+    """Takes all trees some simulations further. `state` is consumed.
+
+    Args:
+        world: what is searched.
+        config: as given to `begin`.
+        params: pytree of [B, ...].
+        state: trees with room for `simulations` more nodes.
+        simulations: how many.
+
+    Returns:
+        The trees, and the record of the trajectories tried, [simulations, B, rollouts, ...].
+    """
+
+    def body(state, _):
+        return _simulate(world, config, params, state)
+
+    return jax.lax.scan(body, state, None, length=simulations)
+
+
+_begin = jax.jit(begin, static_argnums=(0, 1))
+
+
+def search(
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    embedding: Embedding,
+    keys: Array,
+    progress: Callable[[int, np.ndarray], None] | None = None,
+) -> Outcome:
+    """Searches a batch of tasks, each with a tree of its own. Runs on the host, in chunks.
+
+    Args:
+        world: what is searched; the same object for every call, so that nothing is traced twice.
+        config: how.
+        params: pytree of [B, ...]; the tasks.
+        embedding: pytree of [B, ...]; where they start.
+        keys: B random keys.
+        progress: called after each chunk with the simulations done and solved bool[B].
+
+    Raises:
+        EgjaxError: if `config` asks for less than one simulation, rollout or step.
+    """
+    for name in ("simulations", "rollouts", "rollout_steps", "max_depth", "chunk"):
+        if getattr(config, name) < 1:
+            raise EgjaxError(f"{name} must be at least 1", where="SearchConfig")
+    started = time.perf_counter()
+    # What only the loop below reads must not make the device code compile anew.
+    shape = dataclasses.replace(config, chunk=1, until_solved=False, seconds=0.0)
+    state = _begin(world, shape, params, embedding, keys)
+    records, done = [], 0
+    while done < config.simulations:
+        count = min(config.chunk, config.simulations - done)
+        state, record = advance(world, shape, params, state, count)
+        records.append(jax.tree.map(np.asarray, record))
+        done += count
+        solved = np.asarray(state.solved)
+        if progress is not None:
+            progress(done, solved)
+        exhausted = np.all(np.asarray(state.tree.children_prior_logits[:, 0]) == _CLOSED, axis=1)
+        late = config.seconds > 0 and time.perf_counter() - started > config.seconds
+        if late or np.all(exhausted | (solved & config.until_solved)):
+            break
+    return Outcome(
+        solved=np.asarray(state.solved),
+        actions=np.asarray(state.best),
+        length=np.asarray(state.best_length),
+        returns=np.asarray(state.best_return),
+        simulations=np.asarray(state.used),
+        root_visits=np.asarray(state.tree.summary().visit_counts).astype(np.int32),
+        record=jax.tree.map(lambda *parts: np.concatenate(parts), *records),
+        search=state,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> dict[str, Any]:
+    """One tree of the batch for JSON: a flat list of nodes, parents before children.
+
+    Args:
+        state: trees.
+        index: which of the batch.
+        labels: text of each action; their numbers are given without.
+
+    Returns:
+        `{"nodes": [{"id", "parent", "action", "depth", "visits", "value", "closed"}, ...]}`,
+        in which the root's parent and action are None and `closed` says that nothing below the
+        node is left to try.
+    """
+    tree = state.tree
+    one = {
+        "parent": tree.parents,
+        "action": tree.action_from_parent,
+        "depth": state.depth,
+        "visits": tree.node_visits,
+        "value": tree.node_values,
+        "closed": jnp.all(tree.children_prior_logits == _CLOSED, axis=-1),
+    }
+    columns = {name: np.asarray(array[index]).tolist() for name, array in one.items()}
+    nodes = []
+    for number in range(int(state.simulation) + 1):
+        node = {"id": number, **{name: column[number] for name, column in columns.items()}}
+        if number == 0:
+            node["parent"] = node["action"] = None
+        elif node["parent"] < 0:
+            continue  # the tree was exhausted by then
+        elif labels is not None:
+            node["action"] = labels[node["action"]]
+        nodes.append(node)
+    return {"nodes": nodes}

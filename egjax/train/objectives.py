@@ -1,0 +1,264 @@
+"""Loss functions of the pipeline's stages, over any language model given as a function.
+
+Each builder returns a `LossFn` for `egjax.train.step.make_train_step`. Frozen models come as
+arguments of the step, so that one compilation serves and nothing is captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from egjax.losses import (
+    Metrics,
+    behaviour_ratio,
+    kl_to_initial,
+    reverse_kl,
+    sequence_logps,
+    sft,
+    token_logps,
+)
+from egjax.train.data import PairBatch, TokenBatch
+from egjax.train.step import LossFn
+
+__all__ = [
+    "Apply",
+    "Frozen",
+    "PairLogps",
+    "distill_to_ratio",
+    "next_token",
+    "preference",
+    "preference_with_initial",
+    "reference_logps",
+]
+
+Array = jax.Array
+Params = Any
+
+# (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V].
+Apply = Callable[[Params, Array, Array, Array], Array]
+
+
+class Frozen(NamedTuple):
+    """Parameters of the models that make the target π̄ of distillation."""
+
+    large: Params
+    expert: Params
+    anti_expert: Params
+
+
+class PairLogps(NamedTuple):
+    """What preference losses are made of, float32[B] each, see `egjax.losses.preference`."""
+
+    chosen: Array
+    rejected: Array
+    chosen_length: Array
+    rejected_length: Array
+    ref_chosen: Array
+    ref_rejected: Array
+
+
+PreferenceLoss = Callable[[PairLogps], tuple[Array, Metrics]]
+
+
+def _logits(apply: Apply, params: Params, batch: TokenBatch) -> Array:
+    return apply(params, batch.tokens, batch.positions, batch.segment_ids)
+
+
+def _masked_sum(values: Array, mask: Array) -> Array:
+    return jnp.where(mask, values, 0.0).sum()
+
+
+def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
+    """Pretraining and multi-task SFT: `-Σ α_v log π(y_m | y_<m, x)` per counted token.
+
+    Args:
+        apply: the model.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        Loss over `TokenBatch`; metrics: nll (without the weights α_v), accuracy (of the most
+        probable token).
+    """
+
+    def loss_fn(params: Params, batch: TokenBatch, key: Array, frozen: Any):
+        logits = _logits(apply, params, batch)
+        nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
+        count = batch.mask.sum()
+        allowed = logits if vocab_mask is None else jnp.where(vocab_mask, logits, -jnp.inf)
+        right = allowed.argmax(-1) == batch.targets
+        metrics = {
+            "nll": (nll.sum(), count),
+            "accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
+        }
+        return (batch.weights * nll).sum(), count, metrics
+
+    return loss_fn
+
+
+def distill_to_ratio(
+    student: Apply,
+    large: Apply,
+    small: Apply,
+    *,
+    divergence: Callable[..., Array] = reverse_kl,
+    alpha: float = 1.0,
+    clip: float | None = None,
+    plausible: float | None = None,
+    vocab_mask: Array | None = None,
+) -> LossFn:
+    """Distils `π̄ ∝ πᴸ (πᴱ/πᴺ)^α` into the student, on the prefixes of the data set.
+
+    Args:
+        student: the model that learns; it usually starts at the large model's parameters.
+        large: πᴸ.
+        small: πᴱ and πᴺ, one model with two sets of parameters.
+        divergence: from `egjax.losses.distill`, called with student logits, the log-probabilities
+            of π̄ and `vocab_mask`.
+        alpha: exponent of the ratio.
+        clip: bound on the log-ratio, see `egjax.losses.behaviour_ratio`.
+        plausible: threshold of the plausible set, see there.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        Loss over `TokenBatch`, whose step takes a `Frozen`; metrics: nll (of the data under the
+        student), teacher_accuracy (of π̄'s most probable token on the data).
+    """
+
+    def loss_fn(params: Params, batch: TokenBatch, key: Array, frozen: Frozen):
+        teacher = behaviour_ratio(
+            _logits(large, frozen.large, batch),
+            _logits(small, frozen.expert, batch),
+            _logits(small, frozen.anti_expert, batch),
+            alpha=alpha,
+            clip=clip,
+            plausible=plausible,
+            vocab_mask=vocab_mask,
+        )
+        logits = _logits(student, params, batch)
+        losses = divergence(logits, teacher, vocab_mask=vocab_mask)
+        # The mask chooses the positions, the task weight says how much each counts.
+        total = _masked_sum(batch.weights * losses, batch.mask)
+        count = batch.mask.sum()
+        logps = token_logps(logits, batch.targets, vocab_mask)
+        right = teacher.argmax(-1) == batch.targets
+        metrics = {
+            "nll": (-_masked_sum(logps, batch.mask), count),
+            "teacher_accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
+        }
+        return total, count, metrics
+
+    return loss_fn
+
+
+def _both(batch: PairBatch) -> TokenBatch:
+    """Chosen and rejected rows as one batch, for one pass of the model."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    return x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
+
+
+def _pair_metrics(metrics: Metrics, mask: Array) -> dict[str, tuple[Array, Array]]:
+    return {name: (_masked_sum(v, mask), mask.sum()) for name, v in metrics._asdict().items()}
+
+
+def preference(apply: Apply, loss: PreferenceLoss, *, vocab_mask: Array | None = None) -> LossFn:
+    """Preference optimisation with the reference's log-probabilities read from the batch.
+
+    Args:
+        apply: the model.
+        loss: e.g. `lambda p: dpo(p.chosen, p.rejected, p.ref_chosen, p.ref_rejected, beta=0.1)`.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        Loss over `PairBatch`, per pair; metrics as in `egjax.losses.Metrics`.
+    """
+
+    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Any):
+        rows = _both(batch)
+        logps, lengths = sequence_logps(
+            _logits(apply, params, rows), rows.targets, rows.mask, vocab_mask
+        )
+        losses, metrics = loss(
+            PairLogps(*_halves(logps), *_halves(lengths), batch.ref_chosen, batch.ref_rejected)
+        )
+        total = _masked_sum(losses, batch.mask)
+        return total, batch.mask.sum(), _pair_metrics(metrics, batch.mask)
+
+    return loss_fn
+
+
+def preference_with_initial(
+    apply: Apply,
+    loss: PreferenceLoss,
+    *,
+    kl_weight: float,
+    vocab_mask: Array | None = None,
+) -> LossFn:
+    """Preference optimisation with the initial policy π₀ at hand: its log-probabilities as the
+    reference, and `λ KL(π ‖ π₀)` on the completions of both plans.
+
+    With `dpo_paper` it is the objective of arXiv 2506.01312; the KL is exact per token, summed
+    over a completion and averaged over the two of a pair.
+
+    Args:
+        apply: the model.
+        loss: e.g. `lambda p: dpo_paper(p.chosen, p.rejected, beta=0.1)`.
+        kl_weight: λ ≥ 0.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        Loss over `PairBatch`, per pair, whose step takes the parameters of π₀ as `frozen`;
+        metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
+    """
+
+    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Params):
+        rows = _both(batch)
+        initial = _logits(apply, frozen, rows)
+        logits = _logits(apply, params, rows)
+        ref_logps, _ = sequence_logps(initial, rows.targets, rows.mask, vocab_mask)
+        logps, lengths = sequence_logps(logits, rows.targets, rows.mask, vocab_mask)
+        losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
+        chosen_kl, rejected_kl = _halves(kl_to_initial(logits, initial, rows.mask, vocab_mask))
+        kl = (chosen_kl + rejected_kl) / 2
+        total = _masked_sum(losses + kl_weight * kl, batch.mask)
+        count = batch.mask.sum()
+        return (
+            total,
+            count,
+            {
+                **_pair_metrics(metrics, batch.mask),
+                "kl": (_masked_sum(jax.lax.stop_gradient(kl), batch.mask), count),
+            },
+        )
+
+    return loss_fn
+
+
+def reference_logps(
+    apply: Apply, *, vocab_mask: Array | None = None
+) -> Callable[[Params, PairBatch], PairBatch]:
+    """Builds a jitted function that fills in a batch's reference log-probabilities.
+
+    Args:
+        apply: the reference model.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        `(params, batch) -> batch` with `ref_chosen` and `ref_rejected`.
+    """
+
+    @jax.jit
+    def fill(params: Params, batch: PairBatch) -> PairBatch:
+        rows = _both(batch)
+        logps, _ = sequence_logps(_logits(apply, params, rows), rows.targets, rows.mask, vocab_mask)
+        chosen, rejected = _halves(logps)
+        return dataclasses.replace(batch, ref_chosen=chosen, ref_rejected=rejected)
+
+    return fill

@@ -1,0 +1,112 @@
+"""The optimiser: AdamW with warm-up, decay and clipping, described by a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from egjax.errors import EgjaxError
+
+__all__ = ["OptimConfig", "decays", "make_optimizer", "warmup_cosine"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) with warm-up and decay.
+
+    Attributes:
+        learning_rate: its peak, after the warm-up.
+        warmup: share of all steps in which the rate rises linearly from 0.
+        final: rate at the last step as a share of the peak; 1 keeps it constant.
+        clip: bound on the global norm of the gradient.
+        weight_decay: decoupled weight decay of matrices.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    final: float = 0.1
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("learning_rate", 0, float("inf")),
+            ("warmup", 0, 1),
+            ("final", 0, 1),
+            ("clip", 0, float("inf")),
+            ("weight_decay", 0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise EgjaxError(f"{name} = {value} is not between {low} and {high}")
+
+
+def warmup_cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then half a cosine down to `final` times the peak."""
+    warmup = max(1, round(config.warmup * num_steps))
+    return optax.join_schedules(
+        [
+            # Starts at 1/warmup, not at 0: the first step would be lost.
+            optax.linear_schedule(
+                config.learning_rate / warmup, config.learning_rate, max(1, warmup - 1)
+            ),
+            optax.cosine_decay_schedule(
+                config.learning_rate, max(1, num_steps - warmup), alpha=config.final
+            ),
+        ],
+        [warmup],
+    )
+
+
+def decays(params: Any) -> Any:
+    """Which parameters decay: all but norms and biases, which are told by their names.
+
+    Their rank does not tell them, because stacked layers add an axis.
+    """
+
+    def leaf(path: tuple, _: Any) -> bool:
+        name = jax.tree_util.keystr(path).lower()
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def make_optimizer(
+    config: OptimConfig,
+    num_steps: int,
+    *,
+    schedule: Callable[[OptimConfig, int], optax.Schedule] = warmup_cosine,
+    decay_mask: Callable[[Any], Any] = decays,
+) -> optax.GradientTransformation:
+    """Builds the transformation: clip, Adam, decay, rate.
+
+    Args:
+        config: see there.
+        num_steps: length of the whole run, which the schedule needs.
+        schedule: maps (config, num_steps) to a rate per step.
+        decay_mask: maps parameters to a pytree of bools, True where weights decay.
+
+    Returns:
+        The transformation; its state's Adam moments are shaped like the parameters.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule(config, num_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

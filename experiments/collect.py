@@ -1,0 +1,349 @@
+"""Search on household tasks: plans, failures and redundant plans, and how fast they are found.
+
+    python -m experiments.collect --tasks FILE        (tasks named in a file, goals with CLOSE)
+    python -m experiments.collect --run runs/quick    (training tasks of a run; needs stage `tasks`)
+
+UCT over the actions that can matter for a goal (never told which objects the human program uses),
+random rollouts, reward +2 / −0.1 ("Growing Through Experience", arXiv 2506.01312, section 3.1).
+Row `tasks_solved`: tasks whose goals all hold at the end of the plan found, checked by a replay.
+Expected: 20 of E2WM's 20 sample tasks in half a minute on two CPU cores (compilation apart).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from egjax.errors import EgjaxError
+from egjax.evals.intervals import Figure
+from egjax.evals.manifest import write_atomic
+from egjax.evals.plans import Assignment, judge, plan_length
+from egjax.evals.results import SearchedTask
+from egjax.experience.records import PreferencePair, Trajectory
+from egjax.experience.tfds import write
+from egjax.search.actions import Grounded, action_table, encode_actions
+from egjax.search.household import Rewards, begin, household
+from egjax.search.label import Experience, LabelConfig, label
+from egjax.search.mcts import Outcome, SearchConfig, World, search
+from egjax.sim.robothow import read_names
+from egjax.sim.text import Line, to_english
+from egjax.train.progress import progress
+from egjax.types import Task
+from experiments.common import Done, Stage, emit, finished, open_run, run_main
+from experiments.data import HouseTask, assignments, load_tasks, make_task, programs
+
+__all__ = ["Config", "Found", "find_plans", "stage"]
+
+_E2WM_TRANSITIONS = 957.0  # a second, one core, 20 tasks (its own code, measured)
+_E2WM_SOLVED = 16  # of 20 in 30 CPU-seconds each, told which objects the human program uses
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to search, and how."""
+
+    run: Path = Path("runs/quick")
+    """Run directory; its training tasks are searched and the experience is kept there."""
+    tasks: Path | None = None
+    """File with program names: search these and print figures, keep nothing."""
+    robothow: Path | None = None
+    """Folder in RobotHow's layout; the installed data where absent."""
+    goals: str = "e2wm"
+    """Goal set of `--tasks`: `e2wm` (with CLOSE) or `core`. A run has its own."""
+    seed: int = 0
+    """Of the search."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """Tree search."""
+    rewards: Rewards = field(default_factory=Rewards)
+    """Rewards of a step."""
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    """Labels of what was tried."""
+    batch: int = 20
+    """Tasks searched at once."""
+    instances: int = 6
+    """Objects of a class in an action table, at most."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for one task.
+
+    Attributes:
+        report: for the tables.
+        plan: the plan as lines with ids; empty where nothing was found.
+        labelled: its labelled experience as lines, None where labels were not asked for.
+    """
+
+    report: SearchedTask
+    plan: list[Line]
+    labelled: dict[str, list[list[Line]]] | None
+    transitions: int
+
+
+def _lines(plan: Sequence[int], table: Sequence[Grounded], names: Any) -> list[Line]:
+    """Steps of a plan over an action table, with class names and graph ids."""
+    out = []
+    for index in plan:
+        action = table[int(index)]
+        ids = [i for i in (action.obj, action.target) if i is not None]
+        pairs = tuple((names.nodes[names.index[i]]["class_name"], i) for i in ids)
+        out.append(Line(action.verb, pairs))
+    return out
+
+
+class Problem:
+    """Tasks with their arrays and action tables, of equal sizes."""
+
+    def __init__(self, tasks: Sequence[HouseTask], instances: int):
+        self.tasks = list(tasks)
+        self.assignments: list[Assignment] = assignments(tasks)
+        self.tables = [
+            action_table(t.program.init, t.predicates, instances=instances) for t in tasks
+        ]
+        size = max(map(len, self.tables))
+        objects = max(len({i for a in table for i in a[1:] if i}) for table in self.tables)
+        self.size = size
+        self.arrays = [
+            Task(
+                a.scene,
+                a.state,
+                a.goal,
+                encode_actions(table, a.names.index, size=size, objects=max(objects, 1)),
+            )
+            for a, table in zip(self.assignments, self.tables, strict=True)
+        ]
+
+    def stack(self, rows: Sequence[int]) -> Task:
+        """Tasks as a batch."""
+        return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(self.arrays[i] for i in rows))
+
+
+def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]:
+    """Searches all tasks in batches; every plan is replayed by the judge before it counts."""
+    world = _world(config.rewards)
+    starts = range(0, len(problem.tasks), config.batch)
+    found: list[Found] = []
+    # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
+    # first one alone compiles.
+    with progress("search", len(problem.tasks)) as update, ThreadPoolExecutor(_cores()) as pool:
+        first = _search_batch(problem, world, config, 0, labels=labels)
+        work = functools.partial(_search_batch, problem, world, config, labels=labels)
+        for part in itertools.chain([first], pool.map(work, starts[1:])):
+            found += part
+            update(len(found), f"{sum(f.report.solved for f in found)} solved")
+    return found
+
+
+# One world for equal rewards, and one `begin`: a new function would be compiled again.
+_world = functools.cache(household)
+_begin = jax.jit(jax.vmap(begin))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _search_batch(
+    problem: Problem, world: World, config: Config, start: int, *, labels: bool
+) -> list[Found]:
+    """Searches one batch of tasks, and labels what was tried if `labels`."""
+    rows = list(range(start, min(start + config.batch, len(problem.tasks))))
+    # The last batch is filled up, so that one compilation serves.
+    filled = rows + [rows[0]] * (config.batch - len(rows))
+    tasks = problem.stack(filled)
+    embedding = _begin(tasks)
+    key = jax.random.fold_in(jax.random.key(config.seed), start)
+    search_key, label_key = jax.random.split(key)
+    keys = jax.random.split(search_key, len(filled))
+    outcome = search(world, config.search, tasks, embedding, keys)
+    experience: Sequence[Experience | None] = [None] * len(rows)
+    if labels:
+        experience = label(world, config.labels, tasks, embedding, outcome, label_key)
+    return [
+        _found(problem, row, outcome, place, experience[place], config)
+        for place, row in enumerate(rows)
+    ]
+
+
+def _found(
+    problem: Problem,
+    row: int,
+    outcome: Outcome,
+    place: int,
+    experience: Experience | None,
+    config: Config,
+) -> Found:
+    task, names = problem.tasks[row], problem.assignments[row].names
+    plan: Sequence[int] = outcome.actions[place][: int(outcome.length[place])].tolist()
+    labelled = None
+    if experience is not None:
+        labelled = {
+            kind: [_lines(p, problem.tables[row], names) for p in plans]
+            for kind, plans in experience._asdict().items()
+        }
+        if experience.positives:
+            plan = experience.positives[0]
+    lines = _lines(plan, problem.tables[row], names)
+    verdict = judge([problem.assignments[row]], [lines], batch=1)[0]
+    report = SearchedTask(
+        name=task.name,
+        activity=task.title,
+        goals=verdict.goals,
+        satisfied=verdict.satisfied,
+        solved=verdict.solved,
+        plan_length=plan_length(lines) if verdict.solved else None,
+        human_length=plan_length(task.program.script),
+        simulations=int(outcome.simulations[place]),
+        seconds=outcome.seconds / config.batch,
+    )
+    steps = int(np.asarray(outcome.record.length)[:, place].sum())
+    return Found(report, lines, labelled, steps)
+
+
+def stage(config: Config, tasks: Done) -> Done:
+    """Searches the training tasks of a run; writes the experience and `search.json`."""
+    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "json", "tasks", "goals")}
+    inputs["rewards"] = list(config.rewards)
+    inputs["tasks"] = tasks.fingerprint
+    return Stage(config.run, "collect", inputs).run(lambda out: _work(config, tasks.path, out))
+
+
+def _work(config: Config, tasks_path: Path, out: Path) -> None:
+    record = json.loads((tasks_path / "tasks.json").read_text())
+    tasks = [
+        task
+        for task in load_tasks(tasks_path / "tasks.json", config.robothow)
+        if task.split == "train"
+    ]
+    problem = Problem(tasks, config.instances)
+    found = find_plans(problem, config, labels=True)
+    trajectories, pairs = _experience(problem, found, record["goals"], config)
+    if not pairs:
+        raise EgjaxError("the search solved no training task", remedy="give it more simulations")
+    write(trajectories, out / "experience")
+    write(pairs, out / "experience")
+    rows = [asdict(f.report) for f in found]
+    write_atomic(out / "search.json", json.dumps({"tasks": rows}, indent=1) + "\n")
+
+
+def _experience(
+    problem: Problem, found: Sequence[Found], goals: str, config: Config
+) -> tuple[list[Trajectory], list[PreferencePair]]:
+    """Labelled plans that mean in English what they did with ids, and preference pairs of them.
+
+    A name can mean another object than the search used; such plans are judged again as English,
+    and only those that keep their label become text to learn from.
+    """
+    wanted = {"positives": "positive", "failed": "failed", "redundant": "redundant"}
+    rows, texts = [], []
+    for row, one in enumerate(found):
+        for kind, plans in (one.labelled or {}).items():
+            for plan in plans:
+                rows.append((row, wanted[kind], plan))
+                texts.append(to_english(plan))
+    with progress("labels", len(texts)) as update:
+        verdicts = judge(
+            [problem.assignments[row] for row, _, _ in rows],
+            texts,
+            progress=lambda done: update(done, ""),
+        )
+    trajectories: list[Trajectory] = []
+    pairs: list[PreferencePair] = []
+    chosen: dict[int, str] = {}
+    for (row, kind, plan), text, verdict in zip(rows, texts, verdicts, strict=True):
+        if verdict.solved == (kind == "failed"):
+            continue
+        task = problem.tasks[row]
+        reward, cost = config.rewards.gain, config.rewards.cost
+        total = reward * verdict.satisfied + cost * max(len(plan) - verdict.satisfied, 0)
+        trajectories.append(
+            Trajectory(
+                task=task.name,
+                title=task.title,
+                split=task.split,
+                script=tuple(map(str, plan)),
+                text=text,
+                label=kind,
+                solved=verdict.solved,
+                total_return=float(total),
+                goals=goals,
+                seed=config.seed,
+            )
+        )
+        if kind == "positive":
+            chosen.setdefault(row, text)
+        elif row in chosen:
+            pairs.append(PreferencePair(task.name, task.prompt(), chosen[row], text, kind))
+    return trajectories, pairs
+
+
+def figures(found: Sequence[Found]) -> list[Figure]:
+    """Solved tasks, speed and lengths, beside E2WM's."""
+    n = len(found)
+    seconds = sum(f.report.seconds for f in found)
+    steps = sum(f.transitions for f in found)
+    solved = [f.report for f in found if f.report.solved]
+    peer = {"peer": "E2WM", "peer_value": float(_E2WM_SOLVED)} if n == 20 else {}
+    rows = [
+        Figure("tasks_solved", len(solved), "tasks", n=n, **peer),
+        Figure("search_seconds", seconds, "s", n=n),
+        Figure(
+            "transitions_per_second",
+            steps / seconds,
+            "1/s",
+            n=n,
+            peer="E2WM, one core",
+            peer_value=_E2WM_TRANSITIONS,
+        ),
+        Figure("simulations", sum(f.report.simulations for f in found) / n, "per task", n=n),
+    ]
+    if solved:
+        ratio = np.mean([(r.plan_length or 0) / max(r.human_length, 1) for r in solved])
+        rows.append(Figure("plan_length_ratio", float(ratio), "÷ human", n=len(solved)))
+    return rows
+
+
+def main(config: Config) -> None:
+    if config.tasks is None:
+        with open_run(config.run):
+            done = stage(config, finished(config.run, "tasks", made_by="tasks"))
+            rows = json.loads((done.path / "search.json").read_text())["tasks"]
+            emit(
+                Figure("tasks_solved", sum(r["solved"] for r in rows), "tasks", n=len(rows)),
+                json=config.json,
+            )
+        return
+    named = programs(config.robothow, read_names(config.tasks))
+    tasks = [make_task(program, config.goals, "train") for program in named]
+    with_goal = [task for task in tasks if task.predicates]
+    if not with_goal:
+        raise EgjaxError("no task has a goal", where=str(config.tasks))
+    problem = Problem(with_goal, config.instances)
+    begun = time.perf_counter()
+    once = replace(config.search, simulations=min(config.search.chunk, config.search.simulations))
+    find_plans(problem, replace(config, search=once), labels=False)  # compiles
+    compiled = time.perf_counter() - begun
+    found = find_plans(problem, config, labels=False)
+    for one in found:
+        if not config.json:
+            mark = "solved" if one.report.solved else f"{one.report.satisfied}/{one.report.goals}"
+            print(f"{one.report.name:<12} {mark:<8} {to_english(one.plan)}")
+    emit(*figures(found), Figure("warm_up_seconds", compiled, "s", n=len(found)), json=config.json)
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

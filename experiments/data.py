@@ -1,0 +1,171 @@
+"""Where tasks come from, how they are split, and how they become arrays."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from egjax.errors import EgjaxError
+from egjax.evals.plans import Assignment
+from egjax.experience.prompts import plan_prompt
+from egjax.sim.goals import GoalSizes, Predicate, encode_goal, goal_predicates
+from egjax.sim.graph import encode, sizes_of
+from egjax.sim.household import home_programs
+from egjax.sim.robothow import Program, find_dataset, load_programs
+from experiments.common import note
+
+__all__ = [
+    "SPLITS",
+    "HouseTask",
+    "assignments",
+    "dataset_name",
+    "load_tasks",
+    "make_task",
+    "programs",
+    "split_tasks",
+]
+
+SPLITS = ("train", "seen", "unseen")
+
+
+def dataset_name(robothow: Path | None) -> str:
+    """Which data `programs` reads, in words for reports."""
+    if robothow is not None:
+        return "RobotHow folder"
+    return "RobotHow (virtualhome-eval)" if find_dataset() else "embedded household"
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, names: tuple[str, ...] | None) -> tuple[Program, ...]:
+    return tuple(load_programs(folder, names))
+
+
+def programs(robothow: Path | None, names: Sequence[str] | None = None) -> list[Program]:
+    """Programs of a folder in RobotHow's layout, else of the installed data, else embedded ones.
+
+    Args:
+        robothow: the user's folder, None for what is installed.
+        names: programs to load, all where absent.
+
+    Raises:
+        EgjaxError: bad data, or a name that the data lack.
+    """
+    folder = robothow or find_dataset()
+    if folder is not None:
+        return list(_load(Path(folder), None if names is None else tuple(names)))
+    note("RobotHow's data are not installed (virtualhome-eval); the embedded household serves")
+    every = {program.name: program for program in home_programs()}
+    missing = [name for name in names or () if name not in every]
+    if missing:
+        raise EgjaxError(f"the embedded household has no program {missing[0]!r}")
+    return [every[name] for name in names or every]
+
+
+@dataclass(frozen=True)
+class HouseTask:
+    """A task as the pipeline sees it: where, what is wanted, and which part of the split it is in.
+
+    Attributes:
+        program: the human program with its graphs; its script is for comparison only.
+        predicates: the goal.
+        split: `train`, `seen` (held out, activity known) or `unseen` (activity never named).
+    """
+
+    program: Program
+    predicates: tuple[Predicate, ...]
+    split: str
+
+    @property
+    def name(self) -> str:
+        """Name of the program."""
+        return self.program.name
+
+    @property
+    def title(self) -> str:
+        """The activity."""
+        return self.program.title
+
+    def prompt(self, *, titled: bool = True, seed: int | None = None) -> str:
+        """What a planner is asked, see `egjax.experience.prompts.plan_prompt`."""
+        title = self.title if titled else None
+        return plan_prompt(title, self.predicates, self.program.init, seed=seed)
+
+
+def make_task(program: Program, goals: str, split: str) -> HouseTask:
+    """A task with goal set `core` (without CLOSE) or `e2wm` (with it)."""
+    if goals not in ("core", "e2wm"):
+        raise EgjaxError(f"no goal set {goals!r}", remedy="core or e2wm")
+    close = goals == "e2wm"
+    predicates = goal_predicates(program.init, program.final, close=close)
+    return HouseTask(program, tuple(predicates), split)
+
+
+def split_tasks(
+    tasks: Sequence[HouseTask], *, seed: int, unseen_share: float, seen_share: float
+) -> list[HouseTask]:
+    """Splits by activity, then by task.
+
+    Activities are drawn until they hold `unseen_share` of the tasks: these are `unseen`. Of every
+    other activity `seen_share` of the tasks are held out as `seen`. No activity is on both sides.
+
+    Args:
+        tasks: all with a goal.
+        seed: of the draw.
+        unseen_share, seen_share: shares of tasks.
+    """
+    rng = np.random.default_rng(seed)
+    by_title: dict[str, list[HouseTask]] = {}
+    for task in tasks:
+        by_title.setdefault(task.title, []).append(task)
+    out: list[HouseTask] = []
+    unseen = 0
+    for title in (sorted(by_title)[i] for i in rng.permutation(len(by_title))):
+        group = by_title[title]
+        if unseen + len(group) / 2 < unseen_share * len(tasks):
+            unseen += len(group)
+            out += [HouseTask(t.program, t.predicates, "unseen") for t in group]
+            continue
+        held = set(rng.permutation(len(group))[: round(seen_share * len(group))].tolist())
+        out += [
+            HouseTask(t.program, t.predicates, "seen" if i in held else "train")
+            for i, t in enumerate(group)
+        ]
+    return out
+
+
+def load_tasks(path: Path, robothow: Path | None) -> list[HouseTask]:
+    """Tasks of a `tasks.json` that the stage `tasks` wrote."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = programs(robothow, [row["name"] for row in record["tasks"]])
+    return [
+        make_task(program, record["goals"], row["split"])
+        for program, row in zip(found, record["tasks"], strict=True)
+    ]
+
+
+def assignments(tasks: Sequence[HouseTask], *, added: int = 64) -> list[Assignment]:
+    """Scenes, states and goals of equal array sizes, for search and judge."""
+    sizes = sizes_of((task.program.init for task in tasks), added=added)
+    encoded = [encode(task.program.init, sizes, where=task.name) for task in tasks]
+    goals = [
+        encode_goal(task.predicates, names, nodes=sizes.nodes, where=task.name)
+        for task, (_, _, names) in zip(tasks, encoded, strict=True)
+    ]
+    common = GoalSizes(
+        max(len(goal.bit) for goal in goals), max(len(goal.subject) for goal in goals)
+    )
+    return [
+        Assignment(
+            scene,
+            state,
+            encode_goal(task.predicates, names, nodes=sizes.nodes, sizes=common, where=task.name),
+            names,
+        )
+        for task, (scene, state, names) in zip(tasks, encoded, strict=True)
+    ]

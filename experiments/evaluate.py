@@ -1,0 +1,332 @@
+"""How well does each model plan, held-out tasks and simulator deciding?
+
+    python -m experiments.evaluate --run runs/quick
+
+Greedy plans of πᴺ, πᴱ, πᴸ, π̄ (by decoding), the distilled and the preferred model, the search
+itself and the nearest training plan, executed in the simulator; question tasks by log-probability;
+a linear probe per layer. Writes raw outcomes per task, so that several seeds can be put together.
+Needs all stages before it. Hardware: two CPU cores, a few minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from egjax.evals.intervals import Figure, measure
+from egjax.evals.manifest import write_atomic
+from egjax.evals.nearest import copy_plans
+from egjax.evals.plans import Verdict, judge, plan_length
+from egjax.evals.probing import ProbeConfig, probe
+from egjax.evals.text import correct, length_normalised, rouge_l
+from egjax.experience.records import Sample
+from egjax.lm.generate import Combine, Models, first
+from egjax.lm.model import forward
+from egjax.lm.ratio import ratio_combine
+from egjax.lm.score import pad_answers, score_ensemble
+from egjax.lm.tokenizer import Tokenizer
+from egjax.search.mcts import SearchConfig
+from egjax.sim.text import Line, to_english
+from egjax.train.progress import progress
+from experiments.collect import Config as SearchSettings
+from experiments.collect import Problem, find_plans
+from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
+from experiments.data import HouseTask, load_tasks
+from experiments.distill import Ratio
+from experiments.models import Model, answered, asked, check_one_vocabulary, load, plans_of
+from experiments.text import load_samples
+from experiments.training import MODEL
+
+__all__ = ["COPY", "HUMAN", "NAMES", "SEARCH", "Config", "search_stage", "stage"]
+
+NAMES = {"base": "πᴺ", "expert": "πᴱ", "large": "πᴸ", "ratio": "π̄", "distilled": "distilled"}
+NAMES |= {"preferred": "+ DPO"}
+SEARCH, COPY, HUMAN = "search", "nearest plan", "human"
+_ROWS = 32  # prompts, answers and plans a batch
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate."""
+
+    run: Path = Path("runs/quick")
+    """Run directory."""
+    robothow: Path | None = None
+    """Folder in RobotHow's layout; the installed data where absent."""
+    seed: int = 0
+    """Of the models that are evaluated."""
+    ratio: Ratio = field(default_factory=Ratio)
+    """π̄ by decoding."""
+    max_new_tokens: int = 96
+    """Longest plan in tokens."""
+    questions: int = 50
+    """Questions asked per task type, at most."""
+    search: SearchConfig = field(
+        default_factory=lambda: SearchConfig(simulations=64, until_solved=True)
+    )
+    """The search on held-out tasks."""
+    probes: ProbeConfig = field(default_factory=ProbeConfig)
+    """Linear probes."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+def _held_out(tasks: Done, config: Config) -> list[HouseTask]:
+    found = load_tasks(tasks.path / "tasks.json", config.robothow)
+    return [task for task in found if task.split != "train"]
+
+
+def search_stage(config: Config, tasks: Done) -> Done:
+    """What does not depend on a trained model: search and human programs on held-out tasks."""
+    inputs = {"search": config.search, "robothow": config.robothow, "tasks": tasks.fingerprint}
+
+    def work(out: Path) -> None:
+        held = _held_out(tasks, config)
+        problem = Problem(held, SearchSettings().instances)
+        settings = SearchSettings(search=config.search)
+        found = find_plans(problem, settings, labels=False)
+        human = judge(problem.assignments, [t.program.script for t in held], batch=_ROWS)
+        rows = {
+            SEARCH: _outcomes(held, [one.plan for one in found], _verdicts(problem, found)),
+            HUMAN: _outcomes(held, [list(t.program.script) for t in held], human),
+        }
+        reports = [asdict(one.report) for one in found]
+        record = {"plans": rows, "search": reports}
+        write_atomic(out / "outcomes.json", json.dumps(record, ensure_ascii=False) + "\n")
+
+    return Stage(config.run, "held_out_search", inputs).run(work)
+
+
+def _verdicts(problem: Problem, found: Sequence[Any]) -> list[Verdict]:
+    return judge(problem.assignments, [one.plan for one in found], batch=_ROWS)
+
+
+def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> Done:
+    """Evaluates the models of one seed; `models` by the names of `NAMES`, π̄ apart."""
+    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "search", "json")}
+    inputs |= {"tasks": tasks.fingerprint, "text": text.fingerprint}
+    inputs |= {name: done.fingerprint for name, done in models.items()}
+
+    def work(out: Path) -> None:
+        loaded = {name: load(done.path / MODEL) for name, done in models.items()}
+        check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
+        tokenizer = Tokenizer.load(text.path / "tokenizer")
+        players = _players(loaded, config)
+        record = {
+            "plans": _plans(players, tokenizer, tasks, text, config),
+            "questions": _questions(players, tokenizer, text, config.questions),
+            "probes": _probes(loaded, tokenizer, tasks, config),
+        }
+        write_atomic(out / "outcomes.json", json.dumps(record, ensure_ascii=False) + "\n")
+
+    return Stage(config.run, f"seed{config.seed}/evaluate", inputs).run(work)
+
+
+def _players(loaded: dict[str, Model], config: Config) -> dict[str, tuple[Models, Combine]]:
+    """What decodes: each model by itself, and π̄ from three."""
+    players: dict[str, tuple[Models, Combine]] = {
+        name: ([(model.params, model.config)], first) for name, model in loaded.items()
+    }
+    three = [loaded[name] for name in ("large", "expert", "base")]
+    combine = ratio_combine(**vars(config.ratio))
+    players["ratio"] = ([(m.params, m.config) for m in three], combine)
+    return {name: players[name] for name in NAMES}
+
+
+def _plans(
+    players: dict[str, tuple[Models, Combine]],
+    tokenizer: Tokenizer,
+    tasks: Done,
+    text: Done,
+    config: Config,
+) -> dict[str, Any]:
+    held = _held_out(tasks, config)
+    problem = Problem(held, SearchSettings().instances)
+    prompts = [task.prompt() for task in held]
+    known = [s for s in load_samples(text.path / "samples.jsonl") if s.task_type == "plan"]
+    # The copy knows what πᴱ learnt from, relabelled errands included.
+    texts = {COPY: copy_plans([s.prompt for s in known], [s.completion for s in known], prompts)}
+    for name, (models, combine) in players.items():
+        texts[name] = plans_of(
+            models,
+            tokenizer,
+            prompts,
+            title=f"plans {NAMES[name]}",
+            combine=combine,
+            max_new_tokens=config.max_new_tokens,
+            rows=_ROWS,
+        )
+    return {
+        name: _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
+        for name, plans in texts.items()
+    }
+
+
+def _outcomes(
+    held: Sequence[HouseTask], plans: Sequence[str | Sequence[Line]], verdicts: Sequence[Verdict]
+) -> list[dict[str, Any]]:
+    """One row a task: the plan and what the simulator said."""
+    said = [plan if isinstance(plan, str) else to_english(plan) for plan in plans]
+    human = [to_english(task.program.script) for task in held]
+    rouge = rouge_l(said, human)
+    return [
+        {
+            "task": task.name,
+            "activity": task.title,
+            "split": task.split,
+            "plan": plan,
+            "solved": verdict.solved,
+            "executable": verdict.executable,
+            "satisfied": verdict.satisfied,
+            "goals": verdict.goals,
+            "length": verdict.length,
+            "human_length": plan_length(task.program.script),
+            "rouge_l": float(score),
+            "wanted": [str(p) for p in task.predicates],
+            "steps": [asdict(step) for step in verdict.steps],
+        }
+        for task, plan, verdict, score in zip(held, said, verdicts, rouge, strict=True)
+    ]
+
+
+def _questions(
+    players: dict[str, tuple[Models, Combine]], tokenizer: Tokenizer, text: Done, most: int
+) -> dict[str, dict[str, list[bool]]]:
+    """Multiple choice by length-normalised log-probability: right or wrong, per task type."""
+    asked_ = load_samples(text.path / "questions.jsonl")
+    kinds = sorted({sample.task_type for sample in asked_})
+    out: dict[str, dict[str, list[bool]]] = {}
+    for name, (models, combine) in players.items():
+        out[name] = {}
+        for kind in kinds:
+            samples = [s for s in asked_ if s.task_type == kind and s.choices][:most]
+            scores, mask = _scores(models, combine, tokenizer, samples, f"{kind} {NAMES[name]}")
+            answers = [(s.choices or ()).index(s.completion) for s in samples]
+            out[name][kind] = [bool(x) for x in correct(scores, np.array(answers), mask)]
+    return out
+
+
+def _scores(
+    models: Models,
+    combine: Combine,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    title: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Length-normalised log-probability of each choice: float[n, most], and which are choices."""
+    config = models[0][1]
+    pairs = [
+        (asked(config, tokenizer.encode(s.prompt)), answered(config, tokenizer, choice))
+        for s in samples
+        for choice in s.choices or ()
+    ]
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    logps, lengths = [], []
+    with progress(title, len(pairs)) as update:
+        for start in range(0, len(pairs), _ROWS):
+            part = pairs[start : start + _ROWS]
+            batch = pad_answers(part, pad_id=config.pad_id or 0, bucket=longest, rows=_ROWS)
+            total, count = score_ensemble(models, batch.tokens, batch.mask, combine=combine)
+            logps += np.asarray(total)[: len(part)].tolist()
+            lengths += np.asarray(count)[: len(part)].tolist()
+            update(len(logps), "")
+    flat = length_normalised(np.array(logps), np.array(lengths))
+    most = max(len(s.choices or ()) for s in samples)
+    scores, mask = np.zeros((len(samples), most)), np.zeros((len(samples), most), bool)
+    at = 0
+    for i, sample in enumerate(samples):
+        count = len(sample.choices or ())
+        scores[i, :count], mask[i, :count] = flat[at : at + count], True
+        at += count
+    return scores, mask
+
+
+def _probes(
+    loaded: dict[str, Model], tokenizer: Tokenizer, tasks: Done, config: Config
+) -> dict[str, Any]:
+    """Can the activity be read off the last token of a prompt that does not name it?"""
+    every = load_tasks(tasks.path / "tasks.json", config.robothow)
+    # An activity on one side of the split only would measure nothing.
+    titles = [task.title for task in every]
+    every = [task for task in every if titles.count(task.title) >= 5]
+    if len(every) < 20:
+        note("too few tasks per activity for a linear probe")
+        return {}
+    prompts = [task.prompt(titled=False) for task in every]
+    out: dict[str, Any] = {}
+    for name in ("base", "expert", "large", "distilled"):
+        hidden = _last_hidden(loaded[name], tokenizer, prompts)
+        found = probe(
+            hidden,
+            [task.title for task in every],
+            [task.name for task in every],
+            config.probes,
+            name=f"probe/{name}",
+        )
+        out[name] = {
+            "correct": found.correct.tolist(),
+            "tasks": [every[i].name for i in found.tests],
+            "majority": found.majority.to_dict(),
+        }
+    return out
+
+
+def _last_hidden(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
+    """float32[L + 1, n, D]: the residual stream at the last token of each prompt."""
+    ids = [asked(model.config, tokens) for tokens in tokenizer.encode_batch(list(prompts))]
+    longest = max(map(len, ids))
+    read: Callable[..., Any] = jax.jit(
+        lambda params, tokens: forward(params, model.config, tokens, return_hidden=True)[1]
+    )
+    parts = []
+    for start in range(0, len(ids), _ROWS):
+        part = ids[start : start + _ROWS]
+        tokens = np.zeros((_ROWS, longest), np.int32)
+        for i, row in enumerate(part):
+            tokens[i, : len(row)] = row
+        last = np.array([len(row) - 1 for row in part])
+        hidden = np.asarray(read(model.params, jnp.asarray(tokens)))
+        parts.append(hidden[:, np.arange(len(part)), last])
+    return np.concatenate(parts, axis=1)
+
+
+def figures(done: Done, seed: int) -> list[Figure]:
+    """Plan success of every row on every split, and accuracy on every question task."""
+    record = json.loads((done.path / "outcomes.json").read_text(encoding="utf-8"))
+    found = []
+    for name, rows in record["plans"].items():
+        for split in ("seen", "unseen"):
+            solved = np.array([row["solved"] for row in rows if row["split"] == split], bool)
+            if len(solved):
+                label = f"success/{NAMES.get(name, name)}/{split}"
+                found.append(measure(label, solved, "fraction", seed=seed))
+    for name, kinds in record["questions"].items():
+        for kind, right in kinds.items():
+            label = f"{kind}/{NAMES[name]}"
+            found.append(measure(label, np.array(right, bool), "fraction", seed=seed))
+    return found
+
+
+def main(config: Config) -> None:
+    made_by = {"base": "pretrain_small", "expert": "sft", "large": "pretrain_large"}
+    made_by |= {"distilled": "distill", "preferred": "dpo"}
+    with open_run(config.run):
+        tasks = finished(config.run, "tasks", made_by="tasks")
+        text = finished(config.run, "text", made_by="text")
+        models = {
+            name: finished(config.run, f"seed{config.seed}/{stage_name}", made_by="pipeline")
+            for name, stage_name in made_by.items()
+        }
+        search_stage(config, tasks)
+        emit(*figures(stage(config, tasks, text, models), config.seed), json=config.json)
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

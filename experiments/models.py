@@ -1,0 +1,148 @@
+"""Models of a run on disk and in memory: a tokenizer they share, parameters, the apply function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from egjax.errors import EgjaxError
+from egjax.experience.records import Sample as Text
+from egjax.lm.config import LlamaConfig
+from egjax.lm.generate import (
+    Combine,
+    Models,
+    check_vocabularies,
+    completions,
+    first,
+    generate,
+    pad_prompts,
+)
+from egjax.lm.model import forward
+from egjax.lm.tokenizer import Tokenizer
+from egjax.train.checkpoint import load_params, save_params
+from egjax.train.data import Sample
+from egjax.train.progress import progress
+
+__all__ = [
+    "Model",
+    "answered",
+    "apply_of",
+    "as_sample",
+    "asked",
+    "check_one_vocabulary",
+    "load",
+    "plans_of",
+    "save",
+]
+
+
+class Model(NamedTuple):
+    """Parameters, what they are parameters of, and the tokenizer that they were trained with."""
+
+    params: Any
+    config: LlamaConfig
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+
+
+def save(path: Path, model: Model) -> None:
+    """Writes a model; its config and the tokenizer's fingerprint go along."""
+    note = {"config": model.config.to_hf(), "tokenizer": model.tokenizer}
+    save_params(path, model.params, note)
+
+
+def load(path: Path) -> Model:
+    """Reads a model that `save` wrote."""
+    params, note = load_params(path)
+    try:
+        config = LlamaConfig.from_hf(note["config"])
+        return Model(params, config, note["tokenizer"])
+    except KeyError as error:
+        raise EgjaxError(f"not a model: no {error}", where=str(path)) from None
+
+
+def check_one_vocabulary(models: dict[str, Model]) -> None:
+    """Refuses models of different vocabularies or tokenizers before anything runs.
+
+    Raises:
+        EgjaxError: which differ, and how.
+    """
+    check_vocabularies(
+        {name: model.config.vocab_size for name, model in models.items()},
+        {name: model.tokenizer for name, model in models.items()},
+    )
+
+
+@functools.cache
+def apply_of(config: LlamaConfig) -> Callable[..., jax.Array]:
+    """The model as the objectives take it; the same function for the same config."""
+
+    def apply(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array):
+        return forward(params, config, tokens, positions, segment_ids)
+
+    return apply
+
+
+def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:
+    """Tokens of a text as the model reads its beginning: after the mark that starts a text."""
+    return [*([] if config.bos_id is None else [config.bos_id]), *tokens]
+
+
+def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list[int]:
+    """Tokens of a completion with the mark that ends it."""
+    return [*tokenizer.encode(f" {completion}"), *config.eos_ids[:1]]
+
+
+def as_sample(text: Text, tokenizer: Tokenizer, config: LlamaConfig, weight: float = 1.0) -> Sample:
+    """Tokens of a prompt and its completion; only the completion and the end are learnt."""
+    prompt = asked(config, tokenizer.encode(text.prompt))
+    answer = answered(config, tokenizer, text.completion)
+    return Sample([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), weight)
+
+
+def plans_of(
+    models: Models,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    title: str,
+    combine: Combine = first,
+    max_new_tokens: int = 96,
+    rows: int = 32,
+) -> list[str]:
+    """Greedy completions of prompts, in batches of one shape.
+
+    Args:
+        models: one model, or those that `combine` takes.
+        tokenizer: of all of them.
+        prompts: texts that end with `A:`.
+        title: for the progress display.
+        combine: see `egjax.lm.generate.generate`.
+        max_new_tokens: most tokens of a completion.
+        rows: prompts decoded at once.
+    """
+    config = models[0][1]
+    ids = [asked(config, tokens) for tokens in tokenizer.encode_batch(list(prompts))]
+    longest = max(map(len, ids))
+    out: list[str] = []
+    with progress(title, len(ids)) as update:
+        for start in range(0, len(ids), rows):
+            part = ids[start : start + rows]
+            # One bucket for all, so that one compilation serves.
+            batch = pad_prompts(part, pad_id=config.pad_id or 0, bucket=longest, rows=rows)
+            found = generate(
+                models,
+                batch,
+                jax.random.key(0),
+                max_new_tokens=max_new_tokens,
+                combine=combine,
+                temperature=0.0,
+            )
+            texts = [tokenizer.decode(x) for x in completions(found, config.eos_ids)[: len(part)]]
+            out += [" ".join(text.split()) for text in texts]
+            update(len(out), "")
+    return out

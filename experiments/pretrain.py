@@ -1,0 +1,129 @@
+"""A small and a clearly larger Llama from scratch, on general household text.
+
+    python -m experiments.pretrain --run runs/quick
+
+No hub is needed: both models share the run's tokenizer and read the same text, which holds no plan
+of any task that is evaluated. Hardware: two CPU cores; 0.5M parameters read some 10,000 tokens a
+second, 4M some 2,000. A model of one's own (a Hugging Face Llama) can take the place of either:
+`--small-from FOLDER`, `--large-from FOLDER`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from egjax.errors import EgjaxError
+from egjax.lm import hf
+from egjax.lm.config import LlamaConfig, large_config, small_config
+from egjax.lm.params import init
+from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
+from egjax.train.data import Sample, TokenBatch, pack, split
+from egjax.train.objectives import next_token
+from experiments.common import Done, Stage, emit, finished, open_run, run_main
+from experiments.models import Model, apply_of, asked
+from experiments.training import Training, figures, train
+
+__all__ = ["Config", "large_stage", "small_stage"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Length of both pretrainings."""
+
+    run: Path = Path("runs/quick")
+    """Run directory."""
+    seed: int = 0
+    """Of initial weights and order of text."""
+    small: Training = field(default_factory=lambda: Training(150, 16, 256, 3e-3))
+    """The small model."""
+    large: Training = field(default_factory=lambda: Training(120, 16, 256, 1.5e-3))
+    """The large model."""
+    small_from: Path | None = None
+    """Hugging Face folder to start the small model from instead of random weights."""
+    large_from: Path | None = None
+    """Hugging Face folder to start the large model from."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+def small_stage(config: Config, text: Done) -> Done:
+    """Pretrains πᴺ."""
+    return _stage(config, text, "small", config.small, config.small_from, small_config)
+
+
+def large_stage(config: Config, text: Done) -> Done:
+    """Pretrains πᴸ."""
+    return _stage(config, text, "large", config.large, config.large_from, large_config)
+
+
+def _stage(
+    config: Config,
+    text: Done,
+    name: str,
+    training: Training,
+    folder: Path | None,
+    size: Callable[[int], LlamaConfig],
+) -> Done:
+    inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
+    inputs["text"] = text.fingerprint
+    stage = Stage(config.run, f"seed{config.seed}/pretrain_{name}", inputs)
+
+    def work(out: Path) -> None:
+        tokenizer = Tokenizer.load(text.path / "tokenizer")
+        model = _start(tokenizer, size, folder, config.seed)
+        table = _rows(text.path / "general.jsonl", tokenizer, model.config, training.length)
+        loss = next_token(apply_of(model.config))
+        train(model, loss, table, training, seed=config.seed, out=out, title=f"pretrain {name}")
+
+    return stage.run(work)
+
+
+def _rows(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) -> TokenBatch:
+    """General text as packed rows; long texts are cut."""
+    texts = [json.loads(row)["text"] for row in path.read_text(encoding="utf-8").splitlines()]
+    tokens = [[*asked(config, t), *config.eos_ids[:1]] for t in tokenizer.encode_batch(texts)]
+    return pack(split([Sample(t, [True] * len(t)) for t in tokens], length), length)
+
+
+def _start(
+    tokenizer: Tokenizer, size: Callable[[int], LlamaConfig], folder: Path | None, seed: int
+) -> Model:
+    if folder is not None:
+        config, params = hf.load(folder)
+        theirs = Tokenizer.load(folder)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise EgjaxError(
+                "its tokenizer is not the run's",
+                where=str(folder),
+                remedy="give the run this tokenizer: --text.tokenizer-from",
+            )
+        return Model(params, config, theirs.fingerprint)
+    config = dataclasses.replace(
+        size(tokenizer.vocab_size),
+        bos_id=tokenizer.token_id(BOS),
+        eos_ids=(tokenizer.token_id(EOS),),
+        pad_id=tokenizer.token_id(PAD),
+    )
+    return Model(init(jax.random.key(seed), config), config, tokenizer.fingerprint)
+
+
+def main(config: Config) -> None:
+    with open_run(config.run):
+        text = finished(config.run, "text", made_by="text")
+        small, large = small_stage(config, text), large_stage(config, text)
+        emit(
+            *figures(small, "pretrain_small"),
+            *figures(large, "pretrain_large"),
+            json=config.json,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

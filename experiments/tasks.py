@@ -1,0 +1,108 @@
+"""Which tasks are there, and which are held out? Goals by class, split by activity.
+
+    python -m experiments.tasks --run runs/quick
+
+Writes `tasks.json` into the run: name, activity and split of each task with a goal, and how many
+had none. Hardware: two CPU cores, half a minute for 518 programs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from egjax.errors import EgjaxError
+from egjax.evals.intervals import Figure
+from egjax.evals.manifest import write_atomic
+from experiments.common import Done, Stage, emit, open_run, run_main
+from experiments.data import SPLITS, HouseTask, dataset_name, make_task, programs, split_tasks
+
+__all__ = ["Config", "stage"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How tasks are chosen."""
+
+    run: Path = Path("runs/quick")
+    """Run directory."""
+    robothow: Path | None = None
+    """Folder in RobotHow's layout; the installed data where absent."""
+    goals: str = "core"
+    """`core` (without CLOSE) or `e2wm` (with it)."""
+    seed: int = 0
+    """Of the split."""
+    unseen_share: float = 0.2
+    """Share of tasks whose activities are never named in training."""
+    seen_share: float = 0.2
+    """Share of the other tasks that is held out."""
+    train: int = 0
+    """Training tasks kept, 0 for all."""
+    held_out: int = 0
+    """Held-out tasks kept of each kind, 0 for all."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+def stage(config: Config) -> Done:
+    """Writes `tasks.json`."""
+    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "json")}
+    inputs["data"] = dataset_name(config.robothow)
+    return Stage(config.run, "tasks", inputs).run(lambda out: _work(config, out))
+
+
+def _work(config: Config, out: Path) -> None:
+    found = [make_task(p, config.goals, "train") for p in programs(config.robothow)]
+    tasks = [task for task in found if task.predicates]
+    if not tasks:
+        raise EgjaxError("no task has a goal", remedy="try --goals e2wm")
+    split = split_tasks(
+        tasks, seed=config.seed, unseen_share=config.unseen_share, seen_share=config.seen_share
+    )
+    kept = _limit(split, config)
+    record = {
+        "dataset": dataset_name(config.robothow),
+        "goals": config.goals,
+        "programs": len(found),
+        "without_goal": len(found) - len(tasks),
+        "unseen": sorted({task.title for task in split if task.split == "unseen"}),
+        "tasks": [{"name": t.name, "title": t.title, "split": t.split} for t in kept],
+    }
+    write_atomic(out / "tasks.json", json.dumps(record, indent=1) + "\n")
+
+
+def _limit(tasks: list[HouseTask], config: Config) -> list[HouseTask]:
+    """At most so many tasks of each split, drawn by the seed; sorted by name."""
+    rng = np.random.default_rng(config.seed)
+    kept: list[HouseTask] = []
+    for name in SPLITS:
+        group = sorted((t for t in tasks if t.split == name), key=lambda t: t.name)
+        most = (config.train if name == "train" else config.held_out) or len(group)
+        kept += [group[i] for i in sorted(rng.permutation(len(group))[:most])]
+    return kept
+
+
+def figures(done: Done) -> list[Figure]:
+    """Counts of tasks."""
+    record = json.loads((done.path / "tasks.json").read_text())
+    counts = Counter(row["split"] for row in record["tasks"])
+    n = record["programs"]
+    return [
+        Figure("programs", n, "programs", n=n),
+        Figure("without_goal", record["without_goal"], "programs", n=n),
+        *[Figure(f"tasks_{name}", counts[name], "tasks", n=n) for name in SPLITS],
+    ]
+
+
+def main(config: Config) -> None:
+    with open_run(config.run):
+        emit(*figures(stage(config)), json=config.json)
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

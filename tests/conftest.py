@@ -1,0 +1,35 @@
+"""What all tests share: the CPU, a cache of compiled programs, real data where it is to be had."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before JAX is imported. Programs compiled by one test process serve the others and the next run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"egjax-tests-{os.getuid()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def robothow_dir() -> Path:
+    """The folder of the virtualhome-eval wheel, found without importing it."""
+    spec = importlib.util.find_spec("virtualhome_eval")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the RobotHow data is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The reference data beside the checkout, or where EGJAX_SHARED says."""
+    path = Path(os.environ.get("EGJAX_SHARED") or ROOT.parent / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip("the reference data is not beside the checkout; EGJAX_SHARED names its place")
+    return path

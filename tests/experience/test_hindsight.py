@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+from errand_helpers import FOCUS, state_at
+
+from egjax.experience.hindsight import Relabel, gained, hindsight_samples, relabel
+from egjax.experience.prompts import mentions
+from egjax.sim.goals import GoalSizes, encode_goal, goal_predicates, satisfied
+from egjax.sim.graph import decode
+from egjax.sim.text import bind, parse_english
+from egjax.sim.world import step
+
+STEP, HOLDS = jax.jit(step), jax.jit(satisfied)
+
+
+def test_gained_is_the_goal_of_the_two_graphs(batches):
+    for world, episodes, states in batches:
+        for i, episode in enumerate(episodes[:8]):
+            first, last = (
+                decode(world.scene, state_at(states, i, t), world.names)
+                for t in (0, len(episode.steps))
+            )
+            core = goal_predicates(first, last, close=False)
+            # Facts between things other than ON and INSIDE never change but by cutting.
+            assert [p for p in core if p.relation != "BETWEEN"] == gained(episode)
+
+
+def outcome(world, state, plan, predicates):
+    """Runs an English plan by names; whether all steps are accepted and the goal holds."""
+    for line in plan:
+        state, code = STEP(world.scene, state, *bind(world.scene, state, world.names, line))
+        if int(code):
+            return False, state
+    sizes = GoalSizes(8, 64)
+    goal = encode_goal(predicates, world.names, nodes=len(world.classes), sizes=sizes)
+    return True, bool(np.asarray(HOLDS(world.scene, state, goal)).all())
+
+
+def test_english_plans_reach_their_goals_and_no_step_can_go(batches):
+    plans = 0
+    for world, episodes, states in batches:
+        # From the start only, where the test knows the state.
+        found = relabel(world, episodes, states, seed=5, config=Relabel(later=0.0, whole=0.0))
+        assert len(found) > len(episodes) // 3
+        for episode, predicates in found[:10]:
+            plan = parse_english(episode.english())
+            assert outcome(world, world.state, plan, predicates) == (True, True)
+            assert not set(predicates) - set(gained(episode))
+            for t in range(len(plan)):
+                shorter = plan[:t] + plan[t + 1 :]
+                assert outcome(world, world.state, shorter, predicates)[1] is not True
+            plans += 1
+    assert plans > 10
+
+
+def test_widened_goals_are_everything_that_the_plan_brings(batches):
+    world, episodes, states = batches[0]
+    config = Relabel(whole=1.0, whole_goals=99, later=0.5)
+    for episode, predicates in relabel(world, episodes, states, seed=1, config=config):
+        assert predicates == gained(episode)
+
+
+def test_samples_are_deterministic_distinct_and_name_no_unseen_activity(worlds):
+    def samples(seed, **more):
+        return list(hindsight_samples(worlds, 64, seed=seed, focus=FOCUS, batch=32, **more))
+
+    first = samples(3)
+    assert first == samples(3) != samples(4)
+    assert len({(s.prompt, s.completion) for s in first}) == len(first) > 30
+    assert all(s.prompt.startswith("Q: How to do this?") for s in first)
+    # A plan that reads like an activity's name must go when that activity is held out.
+    some = next(s.completion.split(". ")[1].rstrip(".") for s in first if ". " in s.completion)
+    assert any(mentions(s.completion, [some]) for s in first)
+    assert not any(mentions(s.prompt + s.completion, [some]) for s in samples(3, unseen=[some]))

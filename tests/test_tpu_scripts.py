@@ -1,0 +1,264 @@
+"""The TPU scripts against a gcloud that records: what they ask for, when, and how they mend."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "tpu_scripts").glob("*.sh"))
+NEEDED = [tool for tool in ("bash", "git", "setsid") if shutil.which(tool) is None]
+pytestmark = pytest.mark.skipif(bool(NEEDED), reason=f"not installed: {NEEDED}")
+
+# Answers from files: `resource` and `node` hold one answer a line, the last one stays. scp and ssh
+# act on the folder $FAKE/home instead of a worker; installing is left out.
+GCLOUD = f"""#!{sys.executable}
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+fake = Path(os.environ["FAKE"])
+words = sys.argv[1:]
+with (fake / "calls").open("a") as calls:
+    calls.write(json.dumps(words) + "\\n")
+
+def answer(name):
+    lines = (fake / name).read_text().splitlines()
+    if len(lines) > 1:
+        (fake / name).write_text("\\n".join(lines[1:]))
+    if lines[0] == "ABSENT":
+        sys.exit("ERROR: NOT_FOUND: no such resource")
+    if lines[0] == "OFFLINE":
+        sys.exit("ERROR: connection refused")
+    print(lines[0])
+
+if "describe" in words:
+    answer("resource" if "queued-resources" in words else "node")
+elif "delete" in words:
+    shutil.rmtree(fake / "home")
+    (fake / "home").mkdir()
+elif "scp" in words:
+    shutil.copy(words[words.index("scp") + 1], fake / "home")
+elif "ssh" in words:
+    command = words[words.index("--command") + 1].removesuffix(
+        " && bash egjax/tpu_scripts/remote.sh setup")
+    done = subprocess.run(["bash", "-c", command], cwd=fake / "home",
+        env={{**os.environ, "HOME": str(fake / "home")}})
+    sys.exit(done.returncode)
+"""
+
+VERBS = ("create", "delete", "describe", "scp", "ssh", "rsync")
+
+
+class Cloud:
+    """A clone of the scripts, a gcloud that records, a folder that stands for the worker."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.home = path / "home"
+        self.home.mkdir()
+        (path / "bin").mkdir()
+        (path / "bin" / "gcloud").write_text(GCLOUD)
+        (path / "bin" / "gcloud").chmod(0o755)
+        self.clone = path / "clone"
+        shutil.copytree(ROOT / "tpu_scripts", self.clone / "tpu_scripts")
+        (self.clone / "job.py").write_text(
+            "import sys, time, pathlib\n"
+            "print('args', sys.argv[1:], flush=True)\n"
+            "pathlib.Path('runs/main').mkdir(parents=True, exist_ok=True)\n"
+            "time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))\n"
+        )
+        (self.clone / ".venv" / "bin").mkdir(parents=True)
+        (self.clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        for words in (["init", "-q"], ["add", "-f", "."], [*identity, "commit", "-qm", "x"]):
+            subprocess.run(["git", "-C", str(self.clone), *words], check=True)
+        self.answers(resource="ABSENT", node="ABSENT")
+
+    def answers(self, **states: str) -> None:
+        for name, lines in states.items():
+            (self.path / name).write_text(lines.replace(" ", "\n"))
+
+    def run(self, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+        environment = {
+            **os.environ,
+            "PATH": f"{self.path / 'bin'}:{os.environ['PATH']}",
+            "FAKE": str(self.path),
+            "POLL": "0.1",
+            "TPU_WORKER_ID": "0",
+            **settings,
+        }
+        return subprocess.run(
+            [str(self.clone / "tpu_scripts" / script), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list[list[str]]:
+        file = self.path / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def verbs(self) -> list[str]:
+        """What was done, without the questions: create, delete, scp, ssh setup, ssh start, …"""
+        found = []
+        for words in self.calls():
+            verb = next(
+                w for w in words if w in ("create", "delete", "describe", "scp", "ssh", "rsync")
+            )
+            if verb == "ssh":
+                command = words[words.index("--command") + 1]
+                verb += " " + command.split("remote.sh")[1].split()[0]
+            if verb not in ("describe", "ssh status", "rsync"):
+                found.append(verb)
+        return found
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+    if shutil.which("shellcheck"):
+        done = subprocess.run(
+            ["shellcheck", "-x", script.name], cwd=script.parent, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("create.sh", (), ["queued-resources create egjax", "--spot", "--project p"]),
+        ("delete.sh", (), ["queued-resources delete egjax"]),
+        ("setup.sh", (), ["tpu-vm scp", "remote.sh\\ setup"]),
+        ("run.sh", ("job", "0", "it's"), ["--worker all", "start\\ main"]),
+        ("logs.sh", (), ["--worker 0", "logs\\ main"]),
+        ("stop.sh", (), ["--worker all", "stop\\ main"]),
+        ("watch.sh", ("job",), ["create", "scp", "start\\ main", "status", "delete"]),
+    ],
+)
+def test_a_dry_run_prints_the_commands_and_calls_nothing(cloud, script, arguments, expected):
+    settings = {"DRY_RUN": "1", "SPOT": "1", "PROJECT": "p", "BUCKET": "gs://b/x"}
+    done = cloud.run(script, *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls() == []
+    assert all(line.startswith("gcloud ") for line in done.stdout.splitlines())
+    for words in expected:
+        assert words in done.stdout
+
+
+def test_create_asks_once_and_waits(cloud):
+    cloud.answers(resource="ABSENT WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    assert cloud.run("create.sh").returncode == 0
+    assert cloud.run("create.sh").returncode == 0
+    assert cloud.verbs() == ["create"]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_create_says_what_to_do_with_a_dead_slice(cloud, state):
+    cloud.answers(resource=state)
+    done = cloud.run("create.sh")
+    assert done.returncode == 2
+    assert "delete.sh" in done.stderr
+    assert cloud.verbs() == []
+
+
+def test_delete_twice_is_no_error(cloud):
+    cloud.answers(resource="ACTIVE ABSENT")
+    assert [cloud.run("delete.sh").returncode for _ in range(2)] == [0, 0]
+    assert cloud.verbs() == ["delete"]
+
+
+def test_no_answer_is_not_taken_for_absence(cloud):
+    cloud.answers(resource="OFFLINE")
+    for script in ("create.sh", "delete.sh"):
+        assert cloud.run(script).returncode != 0
+    assert cloud.verbs() == []
+
+
+def status(cloud: Cloud) -> str:
+    """What the worker says of the run."""
+    environment = {**os.environ, "HOME": str(cloud.home)}
+    return subprocess.run(
+        ["bash", "egjax/tpu_scripts/remote.sh", "status", "main"],
+        cwd=cloud.home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def until(wanted: str, cloud: Cloud) -> str:
+    for _ in range(100):
+        found = status(cloud)
+        if found == wanted:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def test_a_run_is_started_once_and_tells_how_it_ended(cloud):
+    assert cloud.run("setup.sh").returncode == 0
+    assert status(cloud) == "absent"
+    assert "started" in cloud.run("run.sh", "job", "1", "3", "it's a 'test'").stdout
+    assert "is at work" in cloud.run("run.sh", "job", "1", "3").stdout
+    assert status(cloud) == "running"
+    assert until("ended 3", cloud) == "ended 3"
+    log = (cloud.home / "egjax-runs" / "main.log").read_text()
+    assert log.count("args") == 1
+    assert "it's a 'test'" in log
+
+
+def test_stop_ends_the_run(cloud):
+    cloud.run("setup.sh")
+    cloud.run("run.sh", "job", "50", "0")
+    time.sleep(0.5)
+    assert "stopped" in cloud.run("stop.sh").stdout
+    assert status(cloud) == "ended 143"
+    assert "not at work" in cloud.run("stop.sh").stdout
+
+
+def test_watch_brings_up_and_leaves_with_the_code_of_the_run(cloud):
+    cloud.answers(resource="ABSENT ABSENT ABSENT ACTIVE", node="ABSENT READY")
+    done = cloud.run("watch.sh", "job", "0.2", "4")
+    assert done.returncode == 4, done.stderr
+    assert cloud.verbs() == ["create", "scp", "ssh setup", "ssh start"]
+
+
+@pytest.mark.parametrize("lost", [("SUSPENDED", "READY"), ("ACTIVE", "PREEMPTED")])
+def test_watch_continues_the_run_after_a_preemption(cloud, lost):
+    resource, node = lost
+    settings = {"SPOT": "1", "BUCKET": "gs://b/x", "RUN_ID": "main"}
+    cloud.run("setup.sh")
+    (cloud.path / "calls").unlink()
+    (cloud.home / "egjax-runs").mkdir(exist_ok=True)
+    (cloud.home / "egjax-runs" / "main.pid").write_text(str(os.getpid()))  # at work until then
+    # Looks of watch, watch (no answer), watch, delete, create, create, watch.
+    cloud.answers(
+        resource=f"ACTIVE OFFLINE {resource} {resource} ABSENT ACTIVE",
+        node=f"READY {node} READY" if node == "PREEMPTED" else "READY",
+    )
+    done = cloud.run("watch.sh", "job", "0.2", "0", **settings)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["delete", "create", "scp", "ssh setup", "ssh start"]
+    (start,) = (words for words in cloud.calls() if " start " in words[-1])
+    assert start[-1].endswith(" start main gs://b/x job 0.2 0")
+    copies = [words[-2:] for words in cloud.calls() if "rsync" in words]
+    assert copies == [["gs://b/x/main", "runs/main"], ["runs/main", "gs://b/x/main"]]
+
+
+def test_watch_refuses_a_spot_slice_without_a_bucket(cloud):
+    done = cloud.run("watch.sh", "job", SPOT="1")
+    assert done.returncode == 2
+    assert "BUCKET" in done.stderr
+    assert cloud.calls() == []

@@ -1,0 +1,204 @@
+"""Objectives agree with sums taken by hand over each sample on its own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from train_toy import VOCAB, apply, init, samples
+
+from egjax import losses
+from egjax.train.data import Pair, in_order, num_rows, pack, pad_pairs
+from egjax.train.objectives import (
+    Frozen,
+    distill_to_ratio,
+    next_token,
+    preference,
+    preference_with_initial,
+    reference_logps,
+)
+from egjax.train.step import init_state, make_train_step
+
+KEY = jax.random.key(0)
+PAIRS = [
+    Pair([1, 2, 3], [4, 5], [9, 9, 1]),
+    Pair([7], [8, 9], [3]),
+    Pair([0, 1], [2, 3, 4], [5, 0]),
+]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def logps_of(params, tokens):
+    """Log-probabilities of every next token of one unpadded text; the toy model in numpy."""
+    w = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    tokens = np.asarray(tokens)[:-1]
+    x = w["embed"][tokens] + 0.1 * np.cos(np.arange(len(tokens)))[:, None]
+    return log_softmax(np.tanh(x @ w["hidden"]) @ w["out"] + w["out_bias"])
+
+
+def completion_logp(params, prompt, completion):
+    rows = logps_of(params, [*prompt, *completion])
+    return sum(rows[len(prompt) - 1 + i, token] for i, token in enumerate(completion))
+
+
+def ratio(large, expert, anti_expert, alpha, clip, plausible):
+    scores = large + alpha * np.clip(expert - anti_expert, -clip, clip)
+    keep = np.exp(large) >= plausible * np.exp(large).max(-1, keepdims=True)
+    return log_softmax(np.where(keep, scores, -np.inf)), keep
+
+
+def test_next_token_is_the_weighted_sum_over_unpacked_samples():
+    params, data = init(), samples(7)
+    total, count, metrics = next_token(apply)(params, pack(data, 16), KEY, None)
+    want = nll = tokens = 0
+    for s in data:
+        rows = logps_of(params, s.tokens)
+        for i in range(1, len(s.tokens)):
+            if s.mask[i]:
+                want -= s.weight * rows[i - 1, s.tokens[i]]
+                nll -= rows[i - 1, s.tokens[i]]
+                tokens += 1
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["nll"][0], nll, rtol=1e-5)
+    assert count == tokens
+
+
+def test_distillation_is_the_divergence_to_the_ratio():
+    student, data = init(3), samples(5)
+    frozen = Frozen(init(0), init(1), init(2))
+    options = {"alpha": 0.7, "clip": 0.5, "plausible": 0.3}
+    loss_fn = distill_to_ratio(
+        apply, apply, apply, divergence=partial(losses.reverse_kl, floor=-9.0), **options
+    )
+    total, count, metrics = loss_fn(student, pack(data, 16), KEY, frozen)
+    want = right = 0.0
+    for s in data:
+        q = logps_of(student, s.tokens)
+        p, keep = ratio(*[logps_of(params, s.tokens) for params in frozen], **options)
+        values = (np.exp(q) * (q - np.where(keep, p, -9.0))).sum(-1)
+        want += s.weight * values[np.array(s.mask[1:])].sum()
+        right += (p.argmax(-1) == s.tokens[1:])[np.array(s.mask[1:])].sum()
+    np.testing.assert_allclose(total, want, rtol=1e-4)
+    assert metrics["teacher_accuracy"][0] == right
+    assert count == sum(sum(s.mask[1:]) for s in data)
+
+
+def test_distillation_does_not_move_the_teachers_and_reaches_them():
+    frozen = Frozen(init(0), init(1), init(2))
+    loss_fn = distill_to_ratio(apply, apply, apply)
+    batch = pack(samples(5), 16)
+    grads = jax.grad(lambda f: loss_fn(init(3), batch, KEY, f)[0])(frozen)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+    # With equal experts the target is the large model, where the student starts.
+    same = Frozen(init(0), init(1), init(1))
+    np.testing.assert_allclose(loss_fn(init(0), batch, KEY, same)[0], 0.0, atol=1e-5)
+    tx = optax.adam(0.03)
+    step = make_train_step(loss_fn, tx)
+    state, first = init_state(frozen.large, tx), None
+    for _ in range(60):
+        state, metrics = step(state, batch, KEY, frozen)
+        first = first or float(metrics["loss"])
+    assert float(metrics["loss"]) < 0.2 * first
+
+
+def test_paper_preference_by_hand():
+    params, initial = init(1), init(0)
+    loss_fn = preference_with_initial(
+        apply, lambda p: losses.dpo_paper(p.chosen, p.rejected, beta=0.3), kl_weight=0.5
+    )
+    total, count, metrics = loss_fn(params, pad_pairs(PAIRS, 6), KEY, initial)
+    want = kls = 0.0
+    for pair in PAIRS:
+        chosen = completion_logp(params, pair.prompt, pair.chosen)
+        rejected = completion_logp(params, pair.prompt, pair.rejected)
+        want += np.log1p(np.exp(-0.3 * (chosen - rejected)))
+        for completion in (pair.chosen, pair.rejected):
+            p = logps_of(params, [*pair.prompt, *completion])[len(pair.prompt) - 1 :]
+            q = logps_of(initial, [*pair.prompt, *completion])[len(pair.prompt) - 1 :]
+            kls += (np.exp(p) * (p - q)).sum() / 2
+    np.testing.assert_allclose(total, want + 0.5 * kls, rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"][0], kls, rtol=1e-5)
+    assert count == 3
+
+
+def standard(p):
+    return losses.dpo(p.chosen, p.rejected, p.ref_chosen, p.ref_rejected, beta=0.3)
+
+
+def test_reference_inside_and_precomputed_agree():
+    params, initial, batch = init(1), init(0), pad_pairs(PAIRS, 6)
+    filled = reference_logps(apply)(initial, batch)
+    want = [completion_logp(initial, p.prompt, p.chosen) for p in PAIRS]
+    np.testing.assert_allclose(filled.ref_chosen, np.array(want), rtol=1e-5)
+    inside = preference_with_initial(apply, standard, kl_weight=0.0)(params, batch, KEY, initial)
+    outside = preference(apply, standard)(params, filled, KEY, None)
+    np.testing.assert_allclose(inside[0], outside[0], rtol=1e-5)
+    assert inside[2]["accuracy"] == outside[2]["accuracy"]
+
+
+def test_equal_models_give_log_two_and_padding_never_matters():
+    params = init(0)
+    loss_fn = preference_with_initial(apply, standard, kl_weight=1.0)
+    table = pad_pairs(PAIRS, 6)
+    total, count, _ = loss_fn(params, table, KEY, params)
+    np.testing.assert_allclose(total / count, np.log(2), rtol=1e-5)
+    (padded,) = in_order(pad_pairs(PAIRS, 9), num_rows(table) + 2)
+    got, n, _ = loss_fn(init(1), padded, KEY, params)
+    want, _, _ = loss_fn(init(1), table, KEY, params)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert n == 3
+    got, n, _ = preference(apply, standard)(init(1), padded, KEY, None)
+    want, _, _ = preference(apply, standard)(init(1), table, KEY, None)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert n == 3
+
+
+@pytest.mark.parametrize("name", ["next_token", "distill", "preference"])
+def test_gradients_are_finite_when_nothing_counts(name):
+    frozen = Frozen(init(0), init(1), init(2))
+    pairs = jax.tree.map(np.zeros_like, pad_pairs(PAIRS, 6))
+    tokens = jax.tree.map(np.zeros_like, pack(samples(3), 16))
+    loss_fn, batch, given = {
+        "next_token": (next_token(apply), tokens, None),
+        "distill": (distill_to_ratio(apply, apply, apply, plausible=0.9), tokens, frozen),
+        "preference": (preference_with_initial(apply, standard, kl_weight=1.0), pairs, init(0)),
+    }[name]
+    run = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, batch, KEY, given)[0]))
+    value, grads = run(init(1))
+    assert value == 0.0
+    for g in jax.tree.leaves(grads):
+        np.testing.assert_array_equal(g, 0.0)
+
+
+def test_vocabulary_padding_changes_nothing():
+    def wide(params, tokens, positions, segment_ids):
+        logits = apply(params, tokens, positions, segment_ids)
+        return jnp.concatenate([logits, jnp.full((*logits.shape[:2], 3), 9.0)], -1)
+
+    mask = jnp.arange(VOCAB + 3) < VOCAB
+    frozen = Frozen(init(0), init(1), init(2))
+    tokens, pairs = pack(samples(3), 16), pad_pairs(PAIRS, 6)
+    for plain, padded, batch, given in (
+        (next_token(apply), next_token(wide, vocab_mask=mask), tokens, None),
+        (
+            distill_to_ratio(apply, apply, apply, plausible=0.2),
+            distill_to_ratio(wide, wide, wide, plausible=0.2, vocab_mask=mask),
+            tokens,
+            frozen,
+        ),
+        (
+            preference_with_initial(apply, standard, kl_weight=0.3),
+            preference_with_initial(wide, standard, kl_weight=0.3, vocab_mask=mask),
+            pairs,
+            init(0),
+        ),
+    ):
+        want = plain(init(3), batch, KEY, given)
+        got = padded(init(3), batch, KEY, given)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Asks for a TPU slice (a queued resource) and waits until it is there. Usage: [SPOT=1] ./create.sh
+source "$(dirname "$0")/env.sh"
+
+request=(compute tpus queued-resources create "$TPU_NAME" --node-id "$TPU_NAME" "${WHERE[@]}"
+  --accelerator-type "$ACCELERATOR_TYPE" --runtime-version "$RUNTIME_VERSION")
+if [[ $SPOT == 1 ]]; then request+=(--spot); fi
+
+if [[ $DRY_RUN == 1 ]]; then
+  cloud "${request[@]}"
+  exit
+fi
+
+state=$(resource_state)
+if [[ $state == ABSENT ]]; then
+  cloud "${request[@]}"
+  state=$(resource_state)
+fi
+until [[ $state == ACTIVE ]]; do
+  case $state in
+    FAILED | SUSPENDING | SUSPENDED | DELETING)
+      fail "$TPU_NAME is $state; ./delete.sh it, then ask again" ;;
+  esac
+  say "$TPU_NAME: $state"
+  sleep "$POLL"
+  state=$(resource_state)
+done
+say "$TPU_NAME: ACTIVE"

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# What happens on a worker; the other scripts call it there over ssh.
+#   remote.sh setup · start RUN_ID BUCKET MODULE [ARGUMENT…] · status RUN_ID · logs RUN_ID · stop RUN_ID
+# Of a run, ~/egjax-runs/RUN_ID.{pid,log,code} say which process, what it printed, how it ended.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+state=${EGJAX_STATE:-$HOME/egjax-runs}
+mkdir -p "$state"
+
+running() { [[ -f $state/$1.pid ]] && kill -0 "$(<"$state/$1.pid")" 2>/dev/null; }
+
+setup() {
+  # The images have Python 3.10; uv brings a Python of its own.
+  python3 -m pip install --quiet --user uv
+  local uv=$HOME/.local/bin/uv
+  [[ -x .venv/bin/python ]] || "$uv" venv --python 3.12 .venv
+  "$uv" pip install --quiet --python .venv/bin/python -e '.[all,tpu]'
+  "$uv" pip install --quiet --python .venv/bin/python --no-deps virtualhome-eval==0.1.1
+}
+
+# Copies between the bucket and runs/RUN_ID; only worker 0 writes to the bucket.
+restore() {
+  if [[ -n $2 ]]; then
+    mkdir -p "runs/$1"
+    # Nothing there yet is no error: the run is new.
+    gcloud storage rsync -r "$2/$1" "runs/$1" || echo "nothing restored from $2/$1"
+  fi
+}
+keep() {
+  if [[ -n $2 && -d runs/$1 && $(worker_number) == 0 ]]; then
+    gcloud storage rsync -r "runs/$1" "$2/$1" || echo "could not copy to $2/$1"
+  fi
+}
+worker_number() {
+  echo "${TPU_WORKER_ID:-$(curl -sf -H 'Metadata-Flavor: Google' \
+    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)}"
+}
+
+# The run itself: in the background of `start`, in a session of its own.
+work() {
+  local run=$1 bucket=$2 code=0 child keeper
+  shift 2
+  EGJAX_MULTI_HOST=1 .venv/bin/python -m "$@" &
+  child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  (while sleep 300; do keep "$run" "$bucket"; done) &
+  keeper=$!
+  # A signal ends `wait` early; the child then saves and leaves on its own.
+  while true; do
+    if wait "$child"; then code=0; else code=$?; fi
+    kill -0 "$child" 2>/dev/null || break
+  done
+  kill "$keeper" 2>/dev/null || true
+  keep "$run" "$bucket"
+  echo "$code" >"$state/$run.code"
+}
+
+start() {
+  local run=$1 bucket=$2
+  if running "$run"; then
+    echo "run $run is at work (process $(<"$state/$run.pid"))"
+    return
+  fi
+  rm -f "$state/$run.code"
+  restore "$run" "$bucket"
+  setsid nohup bash tpu_scripts/remote.sh work "$@" >>"$state/$run.log" 2>&1 </dev/null &
+  echo $! >"$state/$run.pid"
+  echo "run $run started"
+}
+
+status() {
+  if running "$1"; then
+    echo running
+  elif [[ -f $state/$1.code ]]; then
+    echo "ended $(<"$state/$1.code")"
+  else
+    echo absent
+  fi
+}
+
+logs() { tail -n 200 -F "$state/$1.log"; }
+
+stop() {
+  running "$1" || { echo "run $1 is not at work"; return; }
+  kill -TERM "$(<"$state/$1.pid")"
+  for _ in $(seq 120); do
+    running "$1" || { echo "run $1 stopped"; return; }
+    sleep 1
+  done
+  echo "run $1 is still saving" >&2
+  return 1
+}
+
+case ${1:-} in
+  setup | start | work | status | logs | stop) "$@" ;;
+  *) echo "unknown word: ${1:-}" >&2; exit 2 ;;
+esac

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs an experiment to its end on a slice that may be taken away: after each preemption the slice is
+# deleted and asked for again, and the run continues under the same RUN_ID (from BUCKET, because the
+# workers' disks go with the slice). Leaves with the run's exit code.
+# Usage: SPOT=1 RUN_ID=… BUCKET=gs://… ./watch.sh experiments.pipeline --run "runs/$RUN_ID" …
+source "$(dirname "$0")/env.sh"
+here=$(dirname "$0")
+
+[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./watch.sh experiments.pipeline"
+if [[ $SPOT == 1 && -z $BUCKET ]]; then
+  fail "SPOT=1 needs BUCKET=gs://…: the workers' disks go with the slice"
+fi
+
+bring_up() { "$here/create.sh" && "$here/setup.sh" && "$here/run.sh" "$@"; }
+
+if [[ $DRY_RUN == 1 ]]; then
+  bring_up "$@"
+  on_workers status "$RUN_ID"
+  "$here/delete.sh"
+  exit
+fi
+
+# gone · there · unknown (no answer: look again later)
+slice() {
+  local resource node
+  resource=$(resource_state) || { echo unknown; return; }
+  node=$(node_state) || { echo unknown; return; }
+  case $resource/$node in
+    ABSENT/* | SUSPENDING/* | SUSPENDED/* | FAILED/*) echo gone ;;
+    ACTIVE/PREEMPTED | ACTIVE/TERMINATED | ACTIVE/ABSENT) echo gone ;;
+    *) echo there ;;
+  esac
+}
+
+while true; do
+  case $(slice) in
+    gone)
+      say "$(date -u +%FT%TZ) $TPU_NAME is gone: asking for it again, run $RUN_ID"
+      "$here/delete.sh" || say "could not delete; trying again"
+      bring_up "$@" || say "could not bring it up; trying again"
+      ;;
+    there)
+      # running · ended <code> · absent; the run has ended when worker 0's has. Where setup has not
+      # been yet bash finds no script (127); any other failure is a connection's.
+      answer=$(WORKER=0 on_workers status "$RUN_ID" 2>/dev/null) || case $? in
+        127) answer=absent ;;
+        *) answer=unknown ;;
+      esac
+      case $answer in
+        "ended "*)
+          say "run $RUN_ID: $answer"
+          exit "${answer#ended }"
+          ;;
+        absent) bring_up "$@" || say "could not bring it up; trying again" ;;
+      esac
+      ;;
+  esac
+  sleep "$POLL"
+done
