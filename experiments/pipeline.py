@@ -91,8 +91,8 @@ def long() -> Plan:
             small=Training(400, 8, 256, 3e-3), large=Training(200, 8, 256, 2e-3)
         ),
         sft=sft.Config(training=Training(1000, 8, 256, 3e-3)),
-        distill=distill.Config(training=Training(140, 8, 256, 2e-3)),
-        dpo=dpo.Config(training=Training(10, 8, 256, 1e-4)),
+        distill=distill.Config(training=Training(300, 8, 256, 2e-3)),
+        dpo=dpo.Config(training=Training(60, 8, 256, 1e-4)),
         evaluate=evaluate.Config(),
     )
 

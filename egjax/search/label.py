@@ -37,14 +37,14 @@ class LabelConfig:
             shortest, ...
         ratio: ... and at least so many times its steps.
         stretch: a failure is cut to so many times the steps of the shortest success; what is left
-            is a failed exploration as well, and not told from a success by its length.
+            is a failed exploration as well, and with 1 its length does not tell it from a success.
         variants: attempts at inserting needless steps into the shortest success.
     """
 
     k: int = 4
     margin: int = 2
     ratio: float = 1.25
-    stretch: float = 2.0
+    stretch: float = 1.0
     variants: int = 16
 
 

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from egjax.sim.robothow import find_dataset
@@ -129,6 +131,46 @@ def test_a_stopped_pipeline_goes_on_and_ends_with_a_report(pipeline):
     manifest = json.loads((run / "report" / "manifest.json").read_text())
     assert manifest["seeds"] == [0]
     assert {stage["name"] for stage in manifest["stages"]} >= {"tasks", "collect", "seed0/sft"}
+
+
+def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):
+    """Stopped and continued or in one go: every text, weight, plan and figure is the same."""
+    run, *_ = pipeline
+    again = tmp_path / "again"
+    done = call("pipeline", "--preset", "tiny", "--run", again)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = contents(run), contents(again)
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+    assert {name.split("/")[0] for name in before} >= {"tasks", "collect", "text", "seed0"}
+
+
+TIMES = {"seconds", "steps_per_second", "started", "command"}
+
+
+def contents(run: Path) -> dict[str, object]:
+    """What a run has found, by file, without the times that it took."""
+    from experiments.models import load
+
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*.json*")):
+        name = path.relative_to(run).as_posix()
+        if not path.name.startswith(".") and "/model/" not in name and "/checkpoints/" not in name:
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            found[name] = timeless([json.loads(line) for line in lines])
+    for path in sorted(run.rglob("model")):
+        leaves = jax.tree.leaves(load(path).params)
+        found[path.relative_to(run).as_posix()] = [np.asarray(leaf).tobytes() for leaf in leaves]
+    return found
+
+
+def timeless(value: object) -> object:
+    """Without what differs from run to run: times, rates, the command."""
+    if isinstance(value, dict):
+        if value.get("unit") == "s":
+            return value | {"value": None}
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def test_a_finished_pipeline_does_nothing_again(pipeline):
