@@ -51,6 +51,7 @@ __all__ = [
 Array = jax.Array
 Params = Any
 Embedding = Any
+Played = tuple[Array, Embedding, Array, Array, Array]
 _CLOSED = -jnp.inf
 
 
@@ -58,6 +59,10 @@ def uniform(params: Params, embedding: Embedding, legal: Array) -> Array:
     """Rollout weights f32[A] of the plain random rollout: every legal action alike."""
     del params, embedding
     return legal.astype(jnp.float32)
+
+
+def _as_given(params: Params) -> Params:
+    return params
 
 
 class World(NamedTuple):
@@ -69,11 +74,19 @@ class World(NamedTuple):
             dead bool[])`. Only called with legal actions as far as results are used.
         weights: `(params, embedding, legal bool[A]) -> f32[A]`, unnormalised probabilities of a
             rollout's next action; illegal actions must have 0.
+        prepare: `params -> params`. What the functions above and `play` are given instead, computed
+            once for many steps; the identity where absent.
+        play: `(params, embedding, draw f32[]) -> (action int32[], embedding, reward, solved,
+            dead)`, a rollout's next action, chosen by the uniform number `draw`, and what comes
+            of it; action -1 where none is legal. Made of the three functions where absent, which
+            a world may do faster in one.
     """
 
     legal: Callable[[Params, Embedding], Array]
     step: Callable[[Params, Embedding, Array], tuple[Embedding, Array, Array, Array]]
     weights: Callable[[Params, Embedding, Array], Array] = uniform
+    prepare: Callable[[Params], Params] = _as_given
+    play: Callable[[Params, Embedding, Array], Played] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,63 +336,57 @@ class _Leaf(NamedTuple):
         legal: bool[A].
         reward: of the step to it.
         ended: it is solved or dead, or nothing is legal.
+        solved: it is solved.
     """
 
     embedding: Embedding
     legal: Array
     reward: Array
     ended: Array
+    solved: Array
+
+
+def _grow(world: World, params: Params, embedding: Embedding, action: Array) -> _Leaf:
+    """The node that an action leads to; one item."""
+    embedding, reward, solved, dead = world.step(params, embedding, action)
+    legal = world.legal(params, embedding)
+    return _Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal), solved)
+
+
+def _play(world: World, params: Params, embedding: Embedding, draw: Array) -> Played:
+    if world.play is not None:
+        return world.play(params, embedding, draw)
+    legal = world.legal(params, embedding)
+    action = pick(world.weights(params, embedding, legal), draw)
+    return jnp.where(jnp.any(legal), action, -1), *world.step(params, embedding, action)
 
 
 def _rollout(
-    world: World,
-    config: SearchConfig,
-    params: Params,
-    embedding: Embedding,
-    action: Array,
-    key: Array,
-) -> tuple[_Leaf, Array, Array, Array, Array]:
-    """Makes a leaf and plays one random rollout from it.
-
-    The tree's own step to the leaf is the first of the loop's, so that the world's functions are
-    compiled once: they are most of the program.
-
-    Args:
-        world, config, params: as in `advance`; one item.
-        embedding: of the leaf's parent.
-        action: int32[] that leads to the leaf.
-        key: random key.
+    world: World, config: SearchConfig, params: Params, leaf: _Leaf, key: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Plays one random rollout from a leaf; one item.
 
     Returns:
-        The leaf, the rollout's actions int16[T], their number, whether the leaf or the rollout
-        solved the task, and the rollout's return from the leaf on.
+        Its actions int16[T], their number, whether the leaf or the rollout solved the task, and
+        the rollout's return from the leaf on.
     """
 
     def step(carry, x):
-        embedding, action, done, steps, total, ever, leaf = carry
+        embedding, done, steps, total, ever = carry
         time, draw = x
-        embedding, reward, solved, dead = world.step(params, embedding, action)
-        legal = world.legal(params, embedding)
-        ended = solved | dead | ~jnp.any(legal)
+        action, embedding, reward, solved, dead = _play(world, params, embedding, draw)
         # What happens after the end is computed and ignored: cheaper than choosing between states.
-        counted = ~done & (time > 0)
-        total += jnp.where(counted, config.discount ** (time - 1.0) * reward, 0.0)
-        new = _Leaf(embedding, legal, reward, ended)
-        leaf = jax.tree.map(lambda new, old: jnp.where(time == 0, new, old), new, leaf)
+        done |= action < 0
+        total += jnp.where(done, 0.0, config.discount**time * reward)
         taken = jnp.where(done, -1, action).astype(jnp.int16)
-        action = pick(world.weights(params, embedding, legal), draw)
         ever |= solved & ~done
-        return (embedding, action, done | ended, steps + counted, total, ever, leaf), taken
+        return (embedding, done | solved | dead, steps + ~done, total, ever), taken
 
-    steps, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    total = jnp.zeros((), jnp.float32)
-    shapes = jax.eval_shape(world.legal, params, embedding)
-    leaf = _Leaf(embedding, jnp.zeros(shapes.shape, bool), total, no)
-    carry = embedding, action, no, steps, total, no, leaf
-    times = jnp.arange(config.rollout_steps + 1)
+    start = leaf.embedding, leaf.ended, jnp.int32(0), jnp.float32(0), leaf.solved
+    times = jnp.arange(config.rollout_steps, dtype=jnp.float32)
     draws = jax.random.uniform(key, times.shape)
-    (_, _, _, steps, total, ever, leaf), actions = jax.lax.scan(step, carry, (times, draws))
-    return leaf, actions[1:], steps, ever, total
+    (_, _, steps, total, ever), actions = jax.lax.scan(step, start, (times, draws))
+    return actions, steps, ever, total
 
 
 def _expand(
@@ -488,15 +495,14 @@ def _simulate(
     path = _select(config, state, jax.vmap(lambda key: jax.random.bits(key, ()))(keys))
     live = path.edges > 0
 
-    def rollouts(params, embedding, action, key):
+    def rollouts(params, leaf, key):
         keys = jax.random.split(jax.random.fold_in(key, 1), config.rollouts)
-        one = functools.partial(_rollout, world, config, params, embedding, action)
-        return jax.vmap(one)(keys)
+        return jax.vmap(functools.partial(_rollout, world, config, params, leaf))(keys)
 
     parent, action = _last_edge(path)
     before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
-    leaf, played, steps, ever, total = jax.vmap(rollouts)(params, before, action, keys)
-    leaf = jax.tree.map(lambda x: x[:, 0], leaf)  # the same in all rollouts
+    leaf = jax.vmap(functools.partial(_grow, world))(params, before, action)
+    played, steps, ever, total = jax.vmap(rollouts)(params, leaf, keys)
     state, path, closed = _expand(config, state, path, leaf)
     value = jnp.mean(total, axis=1)
 
@@ -568,6 +574,8 @@ def advance(
     Returns:
         The trees, and the record of the trajectories tried, [simulations, B, rollouts, ...].
     """
+
+    params = jax.vmap(world.prepare)(params)
 
     def body(state, _):
         return _simulate(world, config, params, state)

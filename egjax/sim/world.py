@@ -78,6 +78,17 @@ def fold(values: Array, combine: Callable[[Array, Array], Array]) -> Array:
     return values[0]
 
 
+def settle(values: Array, state: State) -> Array:
+    """The same values, computed once.
+
+    XLA's CPU compiler fuses a gather or broadcast with what it reads, which is then computed for
+    every reader, and drops optimisation barriers; it does not so with an integer division. The
+    divisor is 1, which the compiler cannot know.
+    """
+    one = (1 + (state.nodes[0] >> 31)).astype(values.dtype)  # no flag uses bit 31
+    return jax.lax.div(values, jnp.broadcast_to(one, values.shape))
+
+
 def _any(bits: Array) -> Array:
     return fold(bits, jnp.bitwise_or)
 
@@ -318,7 +329,7 @@ def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Ar
     parents = things.parents
     live = (parents >= 0) & ~_has(_get(view.cut, parents) | cut, 1 << _INSIDE)
     members = (counts >> 16).astype(jnp.int32) + _sum(live.astype(jnp.int32))
-    mask = _modulus(members + _has(flags, Flag.INSIDE_IN))
+    mask = settle(_modulus(members + _has(flags, Flag.INSIDE_IN)), state)
     key = jnp.where(
         live & (things.parent_room >= 0),
         (things.parent_id & mask) << 5 | things.parent_room,
@@ -477,7 +488,7 @@ def look(
         back = _returnable(scene, state, view, table.things.node)
         about |= jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
     # Else XLA would compute the facts anew for every action that asks for them.
-    about, as_target = jax.lax.optimization_barrier((about, as_target))
+    about, as_target = settle(about, state), settle(as_target, state)
     actions = table.actions
     first = jnp.where(actions.obj >= 0, about[actions.obj_slot], 0)
     second = jnp.where(actions.target >= 0, as_target[actions.target_slot], 0) | character
@@ -616,7 +627,11 @@ def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
     far, bits = _far(view, node)
     wanted = _has(bits, 1 << _INSIDE) & (_get(scene.room, far) < 0)
     wanted |= _has(bits, 1 << (_ON + 4)) & surface
-    near |= _any(jnp.where(wanted, far, -1)[:, None] == here)
+    # As words of 32 nodes first: fewer comparisons than one for every node.
+    words = jnp.arange(here.shape[0] // 32)
+    bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
+    marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
+    near |= (jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1) != 0
     return near | _trait(scene.props, Trait.BODY_PART)
 
 
