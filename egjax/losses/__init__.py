@@ -16,6 +16,7 @@ from egjax.losses.chunked import (
     chunked_sequence_logps,
     chunked_token_logps,
     chunked_token_losses,
+    chunked_top_k,
 )
 from egjax.losses.distill import (
     Terms,
@@ -64,6 +65,7 @@ __all__ = [
     "chunked_sequence_logps",
     "chunked_token_logps",
     "chunked_token_losses",
+    "chunked_top_k",
     "dpo",
     "dpo_paper",
     "dpo_positive",

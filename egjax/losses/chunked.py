@@ -42,6 +42,7 @@ __all__ = [
     "chunked_sequence_logps",
     "chunked_token_logps",
     "chunked_token_losses",
+    "chunked_top_k",
 ]
 
 Array = jax.Array
@@ -565,6 +566,45 @@ def chunked_loss(
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
     total, values = _total(settings, student, teacher, rest, weights)
     return total, jax.lax.stop_gradient(values).reshape(shape)
+
+
+@partial(jax.jit, static_argnames=("k", "tokens"))
+def chunked_top_k(
+    teacher: Head | Ratio,
+    k: int,
+    *,
+    temperature: float | Array = 1.0,
+    vocab_mask: Array | None = None,
+    tokens: int = TOKENS,
+) -> TopK:
+    """The teacher as a `TopK`, for keeping on disk: 8 k + 4 bytes a token.
+
+    Args:
+        teacher: a model or a composition, hidden states [..., D].
+        k: how many tokens are kept, below V.
+        temperature: that of the loss it is for.
+        vocab_mask: bool[V], False for padded columns.
+        tokens: at most so many have logits at once.
+    """
+    shape = (teacher.large if isinstance(teacher, Ratio) else teacher).hidden.shape[:-1]
+    settings = _Settings(reverse_kl_terms, math.prod(shape), tokens, 1)
+    flat = teacher.pick(lambda x: x.reshape(settings.count, *x.shape[len(shape) :]))
+    scale = jnp.asarray(temperature, jnp.float32)
+
+    def chunk(_: None, index: Array) -> tuple[None, TopK]:
+        scores = flat.pick(settings.pick(index)).scores(scale, vocab_mask)
+        scores = _allowed(scores / scale, vocab_mask, -jnp.inf)
+        norm = _norm(scores, None)
+        top, ids = jax.lax.top_k(scores, k)
+        others = scores.at[jnp.arange(scores.shape[0])[:, None], ids].set(-jnp.inf)
+        return None, TopK(ids, top - norm[:, None], _norm(others, None) - norm)
+
+    kept = jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1]
+
+    def joined(x: Array) -> Array:
+        return settings.merge(jnp.moveaxis(x, 0, 1)).reshape(*shape, *x.shape[2:])
+
+    return jax.tree.map(joined, kept)
 
 
 @partial(jax.jit, static_argnames=("terms", "tokens", "vocab_shards"))
