@@ -163,7 +163,10 @@ def main(config: Config) -> None:
 def measure(name: str, config: Config) -> list[Figure]:
     """The rows of one loss."""
     loss = LOSSES[name]
-    forms = {"chunked": partial(loss.chunked, chunk=config.chunk), "naive": loss.naive}
+    forms = {
+        "chunked": lambda s, others, targets: loss.chunked(s, others, targets, config.chunk),
+        "naive": loss.naive,
+    }
     compiled, shapes = {}, jax.eval_shape(lambda: _inputs(loss.models, config))
     for form, fn in forms.items():
         compiled[form] = jax.jit(jax.value_and_grad(fn)).lower(*shapes).compile()

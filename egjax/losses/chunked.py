@@ -128,7 +128,7 @@ class Head:
             formula, self.hidden, self.unembedding, preferred_element_type=jnp.float32
         )
 
-    def scores(self, temperature: Array, vocab_mask: Array | None) -> Scores:
+    def scores(self, temperature: Array, vocab_mask: Array | None) -> Array:
         """See `Teacher`."""
         return self.logits()
 
@@ -163,7 +163,7 @@ class Ratio:
             anti_expert=self.anti_expert.pick(pick),
         )
 
-    def scores(self, temperature: Array, vocab_mask: Array | None) -> Scores:
+    def scores(self, temperature: Array, vocab_mask: Array | None) -> Array:
         """See `Teacher`."""
         expert, anti_expert = self.expert.logits(), self.anti_expert.logits()
         ratio = expert - anti_expert
@@ -194,7 +194,7 @@ class Targets:
         """See `Teacher`."""
         return Targets(pick(self.ids))
 
-    def scores(self, temperature: Array, vocab_mask: Array | None) -> Scores:
+    def scores(self, temperature: Array, vocab_mask: Array | None) -> Array:
         """See `Teacher`."""
         return self.ids
 
@@ -404,6 +404,7 @@ def _values_and_grads(
         total, grads = _logit_grads(settings, rows, head, slopes, pick(weights), total)
         grads = grads.reshape(grads.shape[0], -1)
         part = jnp.einsum(formula, weight, grads, preferred_element_type=jnp.float32)
+        part = jax.lax.optimization_barrier(part)  # else the transposition moves into the product
         return (total, settings.put(hidden, part.T.astype(hidden.dtype), index)), losses
 
     hidden = jnp.zeros((settings.rows, settings.chunks, weight.shape[axis]), student.hidden.dtype)
@@ -432,7 +433,9 @@ def _logit_grads(
     """
     count, width, place = _blocks(rows.student.shape[-1], settings.shards)
     device = "s" if settings.shards > 1 else ""
-    formula = f"nd,n{device}v->" + (f"{device}vd" if head.tied else f"d{device}v")
+    formula = f"dn,n{device}v->" + (f"{device}vd" if head.tied else f"d{device}v")
+    # Transposed once, which makes the product 1.2 times as fast on a CPU.
+    hidden = jax.lax.optimization_barrier(head.hidden.T)
     axis, last = total.ndim - (2 if head.tied else 1), rows.student.ndim - 1
     each = (-1, *(1,) * last)
     scale, slopes = (weights / rows.temperature).reshape(each), slopes.reshape(each)
@@ -453,7 +456,7 @@ def _logit_grads(
         # them in every round.
         logits = jax.lax.optimization_barrier(logits)
         grads = jnp.where(fresh, _cut(logits, start, width), 0.0)
-        outer = jnp.einsum(formula, head.hidden, grads, preferred_element_type=jnp.float32)
+        outer = jnp.einsum(formula, hidden, grads, preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_slice_in_dim(total, start, width, axis=axis)
         total = jax.lax.dynamic_update_slice_in_dim(total, before + outer, start, axis=axis)
         return total, logits
@@ -497,7 +500,8 @@ def _each_forward(
 
 
 def _each_backward(settings: _Settings, kept: Any, cotangents: Array) -> Any:
-    _, grads = _values_and_grads(settings, *kept, cotangents)
+    student, teacher, rest = kept
+    _, grads = _values_and_grads(settings, student, teacher, rest, cotangents)
     return grads, None, None
 
 
@@ -564,7 +568,8 @@ def chunked_loss(
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
-    total, values = _total(settings, student, teacher, rest, weights)
+    results: Any = _total(settings, student, teacher, rest, weights)
+    total, values = results
     return total, jax.lax.stop_gradient(values).reshape(shape)
 
 
@@ -627,7 +632,8 @@ def chunked_token_losses(
     """
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
-    return _each(settings, student, teacher, rest).reshape(shape)
+    values: Any = _each(settings, student, teacher, rest)
+    return values.reshape(shape)
 
 
 def chunked_token_logps(
