@@ -1,8 +1,9 @@
 """The household's dynamics as pure functions of one scene and one state; batch them with vmap.
 
-Semantics are those of VirtualHome's evolving graph at tag v1.0.0 (`egjax.sim.rules`), with every
-object counted as found and the tie rule for "the first of several nodes": the members of a set of
-n nodes are taken by (id mod m, id), m = 8, 32, 128, 512 for n up to 4, 18, 76, more.
+Semantics are those of a rule set (`egjax.sim.rules`; by default VirtualHome's evolving graph at tag
+v1.0.0), with every object counted as found and the tie rule for "the first of several nodes": the
+members of a set of n nodes are taken by (id mod m, id), m = 8, 32, 128, 512 for n up to 4, 18, 76,
+more.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from egjax.sim.graph import TIE_LIMITS
-from egjax.sim.rules import Check, Effect, Rules, reference_rules
+from egjax.sim.rules import REFERENCE, Check, Effect, Rules
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag, Trait
 from egjax.types import ActionTable, Scene, State
 
 __all__ = ["legal", "step"]
 
-REFERENCE = reference_rules()
 _ON, _INSIDE, _CLOSE, _FACING = 0, 1, 2, 3
 _FIND, _WALK, _POUR = VERB_INDEX["FIND"], VERB_INDEX["WALK"], VERB_INDEX["POUR"]
 _PUTOBJBACK = VERB_INDEX["PUTOBJBACK"]
 _POUR_WATER = len(VERBS)
+_VAIN_RETURN = len(VERBS) + 1
+_NESTING = 4  # containers in containers that the search for a room looks through
 _NO_KEY = jnp.iinfo(jnp.int32).max
 
 
@@ -159,7 +161,7 @@ def _view(scene: Scene, state: State) -> _View:
     )
 
 
-def _room_of(scene: Scene, state: State, view: _View, node: Array) -> Array:
+def _room_of(scene: Scene, state: State, view: _View, node: Array, rules: Rules) -> Array:
     """The room a node is in (itself for a room), -1 for none."""
     parents = scene.inside[node]
     base = (parents >= 0) & ~_has(_get(view.cut, parents) | view.cut[node], 1 << _INSIDE)
@@ -170,8 +172,27 @@ def _room_of(scene: Scene, state: State, view: _View, node: Array) -> Array:
     keys = jnp.where(base & (_get(scene.room, parents, -1) >= 0), keys, _NO_KEY).min()
     extra_keys = jnp.where(extra, view.sink_keys[modulus], _NO_KEY).min()
     room = _pick(jnp.minimum(keys, extra_keys))
+    if rules.nested_rooms:
+        outer = _outer(scene, state, view, node)
+        for _ in range(_NESTING):
+            arrived = (outer < 0) | (_get(scene.room, outer, -1) >= 0)
+            outer = jnp.where(arrived, outer, _outer(scene, state, view, outer))
+        found = (count == 1) & (_get(scene.room, outer, -1) >= 0)
+        room = jnp.where(found, outer, room)
     room = jnp.where(node == scene.character, view.room, room)
     return jnp.where(scene.room[node] >= 0, node, room)
+
+
+def _outer(scene: Scene, state: State, view: _View, node: Array) -> Array:
+    """The first node, room or not, that a node is INSIDE; -1 for none (or for no node)."""
+    at = jnp.maximum(node, 0)
+    parents = scene.inside[at]
+    base = (parents >= 0) & ~_has(_get(view.cut, parents) | view.cut[at], 1 << _INSIDE)
+    extra = (view.source == at) & (view.relation == _INSIDE)
+    order = scene.order[_modulus(base.sum() + extra.sum())]
+    keys = jnp.where(base, order[jnp.maximum(parents, 0)], _NO_KEY).min()
+    extra_keys = jnp.where(extra, order[jnp.maximum(view.sink, 0)], _NO_KEY).min()
+    return jnp.where(node >= 0, _pick(jnp.minimum(keys, extra_keys)), -1)
 
 
 def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
@@ -227,7 +248,9 @@ def _pack(facts: Mapping[Check, Array], word: int) -> Array:
     return total
 
 
-def _object_facts(scene: Scene, state: State, view: _View, node: Array) -> tuple[Array, Array]:
+def _object_facts(
+    scene: Scene, state: State, view: _View, node: Array, rules: Rules
+) -> tuple[Array, Array]:
     """Facts about a node as first argument (word 1) and as second (part of word 2)."""
     present = (node >= 0) & (_get(scene.ids, node, -1) >= 0)
     node = jnp.maximum(node, 0)
@@ -248,7 +271,7 @@ def _object_facts(scene: Scene, state: State, view: _View, node: Array) -> tuple
     laden += _has(to_me, 16 << _ON).astype(jnp.int32)
     laden += (to_node & (view.relation == _ON)).sum()
     near = _has(flags, Flag.CLOSE_OUT) | _has(hit, (1 << _ON) | (1 << (_CLOSE + 4)))
-    room = _room_of(scene, state, view, node)
+    room = _room_of(scene, state, view, node, rules)
     number = _get(scene.room, room, -1)
     resting = _has(state.nodes[scene.character], Flag.SITTING | Flag.LYING)
     facing = _has(flags, Flag.FACING_OUT)
@@ -286,6 +309,9 @@ def _object_facts(scene: Scene, state: State, view: _View, node: Array) -> tuple
         Check.DOORS_OPEN: own_door | reached | (blocked.any() & (nearest == node)),
         Check.PRESENT: present,
     }
+    for check, true in ((Check.NOT_HELD, ~held), (Check.NOT_GRABBED, state.grabbed[node] < 0)):
+        if rules.asks(check):
+            facts[check] = true
     target = {
         Check.TARGET_NEAR: near,
         Check.TARGET_OPEN: open_enough,
@@ -322,15 +348,23 @@ def _character_facts(scene: Scene, state: State, view: _View) -> Array:
     return _pack(facts, 2)
 
 
-def _stays(props: Array, about: Array, character: Array) -> Array:
+def _stays(rules: Rules, props: Array, about: Array, character: Array) -> Array:
     """Whether FIND looks around (and asks for nearness) instead of walking."""
     near = _has(about, (1 << (Check.NEAR - 32)) | (1 << (Check.WORN - 32)))
-    return near | _has(character, 1 << (Check.RESTING - 64)) | _trait(props, Trait.BODY_PART)
+    if rules.find_resting:
+        near |= _has(character, 1 << (Check.RESTING - 64))
+    return near | _trait(props, Trait.BODY_PART)
 
 
-def _resolve(verb: Array, props: Array, about: Array, character: Array) -> Array:
+def _resolve(
+    rules: Rules, verb: Array, props: Array, about: Array, as_target: Array, character: Array
+) -> Array:
     """The row of the rules that a verb means here: FIND of something far away is WALK."""
-    verb = jnp.where((verb == _FIND) & ~_stays(props, about, character), _WALK, verb)
+    verb = jnp.where((verb == _FIND) & ~_stays(rules, props, about, character), _WALK, verb)
+    if rules.vain_return:
+        puts = _has(about, 1 << (Check.HELD - 32)) & _has(about, 1 << (Check.PUT_OPEN - 32))
+        puts &= _has(as_target, 1 << (Check.TARGET_NEAR - 64))
+        verb = jnp.where((verb == _PUTOBJBACK) & ~puts, _VAIN_RETURN, verb)
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
@@ -350,7 +384,7 @@ def legal(scene: Scene, state: State, actions: ActionTable, rules: Rules = REFER
     # PUTOBJBACK's destination is not in the table: it is where the held object came from.
     stored = _get(state.grabbed, view.hands, -1).astype(jnp.int32)
     nodes = jnp.concatenate([actions.objects, jnp.where(stored >= 0, stored >> 2, -1)])
-    about, as_target = jax.vmap(lambda node: _object_facts(scene, state, view, node))(nodes)
+    about, as_target = jax.vmap(lambda node: _object_facts(scene, state, view, node, rules))(nodes)
     character = _character_facts(scene, state, view)
     named = actions.objects.shape[0]
     about, origin = about[:named], as_target[named:]
@@ -382,7 +416,7 @@ def _sum_up(
     """
     walk = jnp.asarray(rules.need[_WALK])
     can_walk = ((about & walk[1]) == walk[1]) & ((character & walk[2]) == walk[2])
-    stays = _stays(_get(scene.props, nodes), about, character)
+    stays = _stays(rules, _get(scene.props, nodes), about, character)
     findable = jnp.where(stays, _has(about, 1 << (Check.NEAR - 32)), can_walk)
     near = _has(origin, 1 << (Check.TARGET_NEAR - 64))
     takes = near & (((stored & 3) != _INSIDE) | _has(origin, 1 << (Check.TARGET_OPEN - 64)))
@@ -391,7 +425,9 @@ def _sum_up(
     return about | jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
 
 
-def _origin(scene: Scene, state: State, view: _View, row: Array, node: Array) -> Array:
+def _origin(
+    scene: Scene, state: State, view: _View, row: Array, node: Array, rules: Rules
+) -> Array:
     """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
     among those it is ON, then INSIDE, then CLOSE to."""
     found = jnp.int32(-1)
@@ -399,16 +435,25 @@ def _origin(scene: Scene, state: State, view: _View, row: Array, node: Array) ->
         extra = (view.relation == relation) & (view.source == node)
         at = jnp.where(extra, view.sink, scene.ids.shape[0])
         members = _has(row, 1 << relation).at[at].set(True, mode="drop")
-        modulus = _modulus(_count(to_lanes(members.astype(jnp.uint8))))
+        counted = members
+        if rules.new_first:
+            counted = members | _has(scene.edges[node], 1 << relation)
+        modulus = _modulus(_count(to_lanes(counted.astype(jnp.uint8))))
         keys = jnp.where(members & (scene.room < 0), scene.order[modulus], _NO_KEY)
+        if rules.new_first:
+            remainder = scene.ids & ((8 << 2 * modulus) - 1)
+            place = 2 * remainder + _has(scene.edges[node], 1 << relation)
+            place = jnp.where(keys == _NO_KEY, _NO_KEY, place)
+            keys = jnp.where(place == place.min(), keys, _NO_KEY)
         y = _pick(keys)
         found = jnp.where(y >= 0, y * 4 + relation, found)
     return found
 
 
-def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
+def _close_by(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) -> Array:
     """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
-    it is INSIDE, all body parts, and everything ON it if it is a surface."""
+    it is INSIDE, all body parts, and everything ON it if it is a surface (see `Rules.open_walk`
+    for the other way)."""
     surface = _trait(scene.props[node], Trait.SURFACE)
     here = jnp.arange(row.shape[0])
     container = _has(row, 1 << _INSIDE) & (scene.room < 0) & (here != scene.character)
@@ -416,9 +461,19 @@ def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
     on_it = _has(row, 1 << (_ON + 4)) & surface
     boxes = (view.source == node) & (view.relation == _INSIDE) & (view.sink_room < 0)
     things = (view.sink == node) & (view.relation == _ON) & surface
+    body = _trait(scene.props, Trait.BODY_PART)
+    if rules.open_walk:
+        to_thing = scene.room[node] < 0
+        # Walking empties what is carried before it asks what is INSIDE.
+        opens = _trait(scene.props[node], Trait.CAN_OPEN) & ~(view.hands == node).any()
+        within = _has(row, 1 << (_INSIDE + 4)) & opens & (here != scene.character)
+        on_it = within | _has(row, 1 << _ON)
+        container, body, boxes = container & to_thing, body & to_thing, boxes & to_thing
+        boxes |= (view.source == node) & (view.relation == _ON)
+        things = (view.sink == node) & (view.relation == _INSIDE) & opens
     at = jnp.where(boxes, view.sink, jnp.where(things, view.source, row.shape[0]))
     near = (container | on_it).at[at].set(True, mode="drop")
-    return near | _trait(scene.props, Trait.BODY_PART)
+    return near | body
 
 
 def _added(
@@ -466,19 +521,19 @@ def step(
     stored = _get(state.grabbed, obj, -1).astype(jnp.int32)
     put_back = verb == _PUTOBJBACK
     target = jnp.where(put_back & (stored >= 0), stored >> 2, target)
-    about, _ = _object_facts(scene, state, view, obj)
-    _, as_target = _object_facts(scene, state, view, target)
+    about, _ = _object_facts(scene, state, view, obj, rules)
+    _, as_target = _object_facts(scene, state, view, target, rules)
     character = _character_facts(scene, state, view)
     props = _get(scene.props, obj)
-    row_index = _resolve(verb, props, about, character)
     put_open = ((stored & 3) != _INSIDE) | _has(as_target, 1 << (Check.TARGET_OPEN - 64))
     about |= jnp.where(put_open, jnp.uint32(1 << (Check.PUT_OPEN - 32)), 0)
+    row_index = _resolve(rules, verb, props, about, as_target, character)
     words = jnp.stack([props, about, as_target | character])
     order = jnp.asarray(rules.order)[row_index]
     failed = (order >= 0) & ~_has(words[order // 32] >> (order % 32).astype(jnp.uint32), 1)
     code = jnp.where(failed.any(), order[jnp.argmax(failed)] + 1, 0)
     effect = Effect(*(jnp.asarray(column)[row_index] for column in rules.effects))
-    after = _apply(scene, state, view, effect, obj, target, stored)
+    after = _apply(scene, state, view, effect, obj, target, stored, rules)
     after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
 
@@ -491,6 +546,7 @@ def _apply(
     obj: Array,
     target: Array,
     stored: Array,
+    rules: Rules,
 ) -> State:
     """The state after an accepted action."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
@@ -499,7 +555,7 @@ def _apply(
     is_node = (here == node) & (obj >= 0)
     is_other = (here == other) & (target >= 0)
     carried = (here == view.hands[0]) | (here == view.hands[1])
-    origin = _origin(scene, state, view, row, node)
+    origin = _origin(scene, state, view, row, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     linked = link >= 0
     to_character = linked & (other == scene.character)
@@ -508,14 +564,17 @@ def _apply(
         return jnp.where(where, jnp.asarray(flags, jnp.uint32), jnp.uint32(0))
 
     close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
-    room = jnp.where(effect.walk, _room_of(scene, state, view, node), -1)
-    near = effect.walk & (_close_by(scene, view, row, node) | carried)
+    room = jnp.where(effect.walk, _room_of(scene, state, view, node, rules), -1)
+    near = effect.walk & (_close_by(scene, view, row, node, rules) | carried)
     near |= effect.take & (origin >= 0) & (here == origin >> 2)
     hand = jnp.where(view.hands[0] < 0, Flag.HOLDS_RH.value, Flag.HOLDS_LH.value)
+    set_obj = effect.set_obj
+    if rules.open_walk:
+        set_obj = jnp.where(effect.walk & (scene.room[node] >= 0), 0, set_obj)
     flags = state.nodes & ~effect.clear_all.astype(jnp.uint32)
     flags &= ~bits(is_node, effect.clear_obj)
     flags &= ~bits(here == scene.character, effect.clear_character)
-    flags |= bits(is_node, effect.set_obj) | bits(near, close)
+    flags |= bits(is_node, set_obj) | bits(near, close)
     flags |= bits(is_node & effect.take, hand)
     flags |= bits(here == scene.character, effect.set_character)
     flags |= bits(is_other, effect.set_target)
@@ -528,7 +587,8 @@ def _apply(
     own = flags & 15
     flags = jnp.where(here == scene.character, (flags & ~jnp.uint32(0xF0)) | own << 4, flags)
 
-    links = _links(view, effect, row, node, other, link, linked & ~to_character)
+    bring = room if rules.carry_along else view.room
+    links = _links(view, effect, row, node, other, link, linked & ~to_character, bring)
     gone = jnp.where(effect.walk, 0b1110, jnp.where(effect.take, 0b0111, 0))
     cut = jnp.where(effect.walk, view.hands, jnp.stack([node, jnp.int32(-1)]))
     cut = jnp.where(cut >= 0, cut, -2)
@@ -546,8 +606,10 @@ def _links(
     other: Array,
     link: Array,
     linked: Array,
+    bring: Array,
 ) -> list[tuple[Array, Array]]:
-    """Edges between objects that a step adds, packed, and whether each is new."""
+    """Edges between objects that a step adds, packed, and whether each is new; `bring` is the room
+    that walking leaves carried things INSIDE."""
 
     def exists(source: Array, relation: Array, sink: Array) -> Array:
         return ((view.source == source) & (view.relation == relation) & (view.sink == sink)).any()
@@ -569,6 +631,5 @@ def _links(
     links = [(pack(a, r, b), new & (effect.take | ~exists(a, r, b))) for a, r, b, new in candidates]
     first, second = view.hands
     for hand, held in ((first, first >= 0), (second, (second >= 0) & (second != first))):
-        # Carrying leaves a thing INSIDE the room that the character comes from.
-        links.append((pack(hand, _INSIDE, view.room), effect.walk & held & (view.room >= 0)))
+        links.append((pack(hand, _INSIDE, bring), effect.walk & held & (bring >= 0)))
     return links
