@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from egjax.errors import EgjaxError
+from egjax.sim.graph import SQUEEZABLE
 from egjax.sim.vocab import VERB_INDEX
 from egjax.types import ActionTable
 
@@ -256,12 +257,18 @@ def _something_held(home: _Home, x: int):
     yield from (("held", i) for i in tools if home.beside[i] & {x, *home.beside[x]})
 
 
+def _knife_held(home: _Home, x: int):
+    del x
+    knives = [i for i in home.allowed if "knife" in home.nodes[i]["class_name"]]
+    yield from (("held", i) for i in knives)
+
+
 # How each condition on a node comes about: actions, and the conditions that they ask for.
 _ACHIEVERS = {
     "near": _near, "held": _held, "open": _open, "closed": _closed, "on": _on, "off": _off,
     "plugged in": _plugged, "plugged out": _unplugged, "clean": _clean, "sat on": _sit,
     "lain on": _lie, "faced": _faced, "worn": _worn, "uncovered": _uncovered,
-    "something held": _something_held,
+    "something held": _something_held, "knife held": _knife_held,
 }  # fmt: skip
 _STATES = {
     "OPEN": "open", "CLOSED": "closed", "ON": "on", "OFF": "off", "PLUGGED_IN": "plugged in",
@@ -388,8 +395,8 @@ def _together(home: _Home, facts: Sequence[GoalFact], limit: int):
             yield from (("near", number) for number in _stones(home, *pair))
 
 
-# What the first argument of a verb must have for a wanted action, and the conditions it asks for;
-# verbs that are not here are those of `_ACHIEVERS`.
+# A wanted action: the properties of which its object needs one, the classes that count as having
+# it, and the conditions that it asks for. Verbs without object or with two have rules of their own.
 _PERFORMERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "WALK": ((), (), ("near",)),
     "RUN": ((), (), ("near",)),
@@ -420,6 +427,13 @@ _PERFORMERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...
     "PLUGIN": (("HAS_PLUG",), (), ("plugged in", "plugged out")),
     "PLUGOUT": (("HAS_PLUG",), (), ("plugged out", "plugged in")),
     "PUTON": (("CLOTHES",), (), ("worn",)),
+    "PUTOFF": (("CLOTHES",), (), ("worn",)),
+    "PUTOBJBACK": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "DROP": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "RELEASE": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "SQUEEZE": (("CLOTHES",), tuple(sorted(SQUEEZABLE)), ("near",)),
+    "CUT": (("CUTTABLE",), (), ("near", "knife held")),
+    "GREET": (("PERSON",), (), ()),
 }
 
 

@@ -76,3 +76,12 @@ def test_search_performs_wanted_actions_in_order():
     # Each wanted action is worth as much as a predicate: three at +2, the rest at -0.1.
     assert np.isclose(found.returns[0], 6 - 0.1 * (len(plan) - 3))
     assert {a.verb for a in table} <= {verb.name for verb in VERBS}
+
+
+def test_every_verb_can_be_wanted():
+    graph = home_graph("cottage")
+    person = {"id": 999, "class_name": "child", "properties": ["PERSON"], "states": []}
+    graph["nodes"].append({**person, "category": "Characters"})
+    for verb in VERBS:
+        table = action_table(graph, [], deeds=[Deed((verb.name,))], instances=20)
+        assert verb.name in {a.verb for a in table}, verb.name
