@@ -1,8 +1,9 @@
 """The nouns of egjax: array-only pytrees that every floor of the house shares.
 
 Shapes are those of a single item; `jax.vmap` adds the batch. Symbols: N nodes (padded), D doors,
-R rooms, P parents, X overlay edges, G goal predicates, K instances that may satisfy them,
-A actions of a task's table, M objects that they name. Strings stay on the host.
+R rooms, P parents, X overlay edges, G goal predicates, K instances that may satisfy them, V verbs,
+S actions that a goal wants performed, A actions of a task's table, M objects that they name.
+Strings stay on the host.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class State:
 
 @struct.dataclass
 class Goal:
-    """Predicates that must all hold. By class: any of the acceptable objects serves.
+    """Predicates that must all hold at the end, and actions that must have been performed by then,
+    in order. By class: any of the acceptable objects serves.
 
     Attributes:
         subject: int32[K]. A node that may satisfy a predicate, for all predicates in one list; -1
@@ -89,6 +91,10 @@ class Goal:
             held in the right, left hand).
         others: uint8[G, N]. Relation: 255 at acceptable far ends, else 0; unused for states.
         mask: bool[G]. True for a real predicate.
+        deed_verbs: bool[S, V]. Verbs that count as the s-th wanted action; a row without one is
+            padding, and padding comes last.
+        deed_objects: bool[S, N]. Nodes that may be its first argument; all of them where the verb
+            may take any or none.
     """
 
     subject: Array
@@ -96,6 +102,8 @@ class Goal:
     bit: Array
     others: Array
     mask: Array
+    deed_verbs: Array
+    deed_objects: Array
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ import numpy as np
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import measure
 from egjax.evals.results import PlanColumn, PlanStep, StepBin
-from egjax.sim.goals import satisfied
+from egjax.sim.goals import perform, satisfied
 from egjax.sim.graph import Names
 from egjax.sim.rules import reason
 from egjax.sim.text import Line, bind, parse_english, to_english
@@ -49,7 +49,8 @@ class Verdict:
         steps: each step as written, whether it was accepted, and why not; those after the first
             refusal were not tried and have no reason.
         parsed: every sentence reads as a step.
-        satisfied, goals: goal predicates that hold after the last accepted step, and all of them.
+        satisfied, goals: goal predicates that hold after the last accepted step and wanted actions
+            performed by then, and all of them.
         length: steps that were written, FIND not counted.
     """
 
@@ -178,15 +179,20 @@ def _read_sentence(text: str) -> _Sentence:
 
 
 @jax.jit
-def _try_all(scene: Scene, state: State, actions: jax.Array) -> tuple[State, jax.Array]:
-    """One step of every plan: actions int32[B, 4] are verb, object, target, and whether to try."""
+def _try_all(
+    scene: Scene, state: State, goal: Goal, performed: jax.Array, actions: jax.Array
+) -> tuple[State, jax.Array, jax.Array]:
+    """One step of every plan: actions int32[B, 4] are verb, object, target, and whether to try.
+    Returns the states, error numbers, and how many wanted actions have been performed."""
 
-    def one(scene, state, action):
+    def one(scene, state, goal, performed, action):
         after, code = step(scene, state, action[0], action[1], action[2])
         tried = action[3] == 1
-        return jax.tree.map(lambda new, old: jnp.where(tried, new, old), after, state), code
+        state = jax.tree.map(lambda new, old: jnp.where(tried, new, old), after, state)
+        accepted = tried & (code == 0)
+        return state, code, perform(goal, performed, action[0], action[1], accepted)
 
-    return jax.vmap(one)(scene, state, actions)
+    return jax.vmap(one)(scene, state, goal, performed, actions)
 
 
 _satisfied_all = jax.jit(jax.vmap(satisfied))
@@ -201,6 +207,7 @@ def _judge_batch(
     goal = _stack([task.goal for task in filled])
     device_scene = jax.device_put(scene)
     state = _stack([task.state for task in filled])
+    performed = np.zeros(size, np.int32)
     records: list[list[PlanStep]] = [[] for _ in tasks]
     running = set(range(len(tasks)))
     for number in range(max(map(len, plans), default=0)):
@@ -218,8 +225,9 @@ def _judge_batch(
                 actions[i] = (*action, 1)
         if not running:
             break
-        after, codes = jax.device_get(_try_all(device_scene, state, actions))
-        state = after
+        state, codes, performed = jax.device_get(
+            _try_all(device_scene, state, goal, performed, actions)
+        )
         for i in sorted(running):
             code, sentence = int(codes[i]), plans[i][number]
             why = _told(int(actions[i, 0]), code, sentence.line) if code else ""
@@ -228,20 +236,25 @@ def _judge_batch(
                 running.discard(i)
     held = np.asarray(_satisfied_all(device_scene, state, goal))
     return [
-        _verdict(records[i], plans[i], held[i], np.asarray(task.goal.mask))
+        _verdict(records[i], plans[i], held[i], task.goal, int(performed[i]))
         for i, task in enumerate(tasks)
     ]
 
 
 def _verdict(
-    tried: list[PlanStep], sentences: list[_Sentence], held: np.ndarray, mask: np.ndarray
+    tried: list[PlanStep],
+    sentences: list[_Sentence],
+    held: np.ndarray,
+    goal: Goal,
+    performed: int,
 ) -> Verdict:
+    mask, wanted = np.asarray(goal.mask), np.asarray(goal.deed_verbs).any(-1)
     untried = [PlanStep(sentence.text, False) for sentence in sentences[len(tried) :]]
     return Verdict(
         steps=(*tried, *untried),
         parsed=all(sentence.line is not None for sentence in sentences),
-        satisfied=int((held & mask).sum()),
-        goals=int(mask.sum()),
+        satisfied=int((held & mask).sum()) + performed,
+        goals=int(mask.sum() + wanted.sum()),
         length=sum(s.line is None or s.line.verb != "FIND" for s in sentences),
     )
 

@@ -6,17 +6,21 @@ that bring about their preconditions, and so on until nothing new comes:
 
     near o          WALK, FIND; the container of an o without a room; every closed door opened
     reachable o     OPEN the closed things that o is INSIDE
-    o held          GRAB (near, reachable); DROP gives the hand back
+    o held          GRAB (near, reachable); DROP gives the hand back; for the left hand alone also
+                    GRAB something for the right one
     seat free       GRAB what lies on a seat that is full
     x open, on, ..  OPEN, CLOSE, SWITCHON, SWITCHOFF, PLUGIN, PLUGOUT, WASH and what they ask for
     upright         STANDUP, where the plan may have sat or lain down
     near a and b    where no a lies next to a b: GRAB what can be carried to the other, else WALK
                     and FIND the things on the shortest way from one to the next
 
-Of verbs with the same effect (WASH, RINSE, SCRUB, WIPE; WALK, RUN; DROP, RELEASE) the first serves.
+What a goal wants performed counts with what the verb asks for: DRINK of what is held, TYPE near,
+and so on. Of verbs with the same effect (WASH, RINSE, SCRUB, WIPE; WALK, RUN; DROP, RELEASE) the
+first serves.
 The goal names classes. All instances of a class are taken where they are few, else those that most
 other classes of the goal lie next to, then those in the character's or the goal's rooms, then those
-of lowest id. A human's program is never looked at, so neither is which cup it used.
+of lowest id; where the goal says which are meant, these. A human's program is never looked at, so
+neither is which cup it used.
 """
 
 from __future__ import annotations
@@ -29,10 +33,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from egjax.errors import EgjaxError
+from egjax.sim.graph import SQUEEZABLE
 from egjax.sim.vocab import VERB_INDEX
 from egjax.types import ActionTable
 
-__all__ = ["GoalFact", "Grounded", "action_table", "encode_actions"]
+__all__ = ["GoalDeed", "GoalFact", "Grounded", "action_table", "encode_actions"]
 
 
 class GoalFact(Protocol):
@@ -51,6 +56,20 @@ class GoalFact(Protocol):
     @property
     def other(self) -> str | None:
         """Class of a relation's far end; None for a state."""
+        ...
+
+
+class GoalDeed(Protocol):
+    """An action that must have been performed, as `egjax.sim.goals.Deed`."""
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """Verbs of which one is wanted."""
+        ...
+
+    @property
+    def objects(self) -> tuple[int, ...] | None:
+        """Graph ids of which one is its first argument; None for any."""
         ...
 
 
@@ -73,8 +92,16 @@ _BEDS = {"couch": 2, "bathtub": 2, "loveseat": 2, "sofa": 2, "bed": 3}
 class _Home:
     """A graph with the questions that relevance asks of it."""
 
-    def __init__(self, graph: Mapping[str, Any], classes: set[str]):
+    def __init__(
+        self,
+        graph: Mapping[str, Any],
+        classes: set[str],
+        meant: Mapping[str, Sequence[int]],
+        told: Sequence[int] | None,
+    ):
+        self.meant = meant
         self.nodes = {node["id"]: node for node in graph["nodes"]}
+        self.allowed = sorted(self.nodes if told is None else self.nodes.keys() & set(told))
         self.by_class: dict[str, list[int]] = defaultdict(list)
         for number in sorted(self.nodes):
             self.by_class[self.nodes[number]["class_name"]].append(number)
@@ -103,7 +130,9 @@ class _Home:
         return trait in node["properties"] or node["class_name"] in classes
 
     def instances(self, name: str, limit: int) -> list[int]:
-        """Nodes of a class, the most promising first."""
+        """Nodes of a class, the most promising first; those that are meant where the goal says."""
+        if name in self.meant:
+            return list(self.meant[name])
         homely = set(self.inside[self.by_class[_CHARACTER][0]])
         homely |= {i for i in self.rooms if self.nodes[i]["class_name"] in self.wanted}
 
@@ -217,11 +246,29 @@ def _worn(home: _Home, o: int):
         yield "held", o
 
 
+def _uncovered(home: _Home, o: int):
+    for holder in home.inside[o]:
+        if holder not in home.rooms and home.is_(holder, "CLOSED"):
+            yield "open", holder
+
+
+def _something_held(home: _Home, x: int):
+    tools = [i for i in home.allowed if home.has(i, "GRABBABLE", _GRABBABLE)]
+    yield from (("held", i) for i in tools if home.beside[i] & {x, *home.beside[x]})
+
+
+def _knife_held(home: _Home, x: int):
+    del x
+    knives = [i for i in home.allowed if "knife" in home.nodes[i]["class_name"]]
+    yield from (("held", i) for i in knives)
+
+
 # How each condition on a node comes about: actions, and the conditions that they ask for.
 _ACHIEVERS = {
     "near": _near, "held": _held, "open": _open, "closed": _closed, "on": _on, "off": _off,
     "plugged in": _plugged, "plugged out": _unplugged, "clean": _clean, "sat on": _sit,
-    "lain on": _lie, "faced": _faced, "worn": _worn,
+    "lain on": _lie, "faced": _faced, "worn": _worn, "uncovered": _uncovered,
+    "something held": _something_held, "knife held": _knife_held,
 }  # fmt: skip
 _STATES = {
     "OPEN": "open", "CLOSED": "closed", "ON": "on", "OFF": "off", "PLUGGED_IN": "plugged in",
@@ -259,7 +306,7 @@ def _state_fact(home: _Home, fact: GoalFact, facts: Sequence[GoalFact], limit: i
         condition, trait = _POSES[fact.relation]
         # ON(character, seat) is a goal as a rule and says which class of seat is meant.
         if not any(f.relation == "ON" and f.subject == _CHARACTER for f in facts):
-            seats = [i for i in sorted(home.nodes) if home.has(i, trait)]
+            seats = [i for i in home.allowed if home.has(i, trait)]
             yield from ((condition, seat) for seat in seats[:limit])
     elif fact.relation in _STATES:
         for number in home.instances(fact.subject, limit):
@@ -278,6 +325,12 @@ def _own_fact(home: _Home, fact: GoalFact, facts: Sequence[GoalFact], limit: int
             yield from ((_POSES[pose][0], number) for pose in poses)
         else:
             yield "held", number
+            # A hand is free, the right one first: what is to come into the left one comes second.
+            if fact.relation == "HOLDS_LH" and not any(f.relation == "HOLDS_RH" for f in facts):
+                others = [i for i in home.allowed if home.has(i, "GRABBABLE", _GRABBABLE)]
+                near = home.beside[number]
+                others.sort(key=lambda i: i not in near)
+                yield from (("held", i) for i in others[:limit] if i != number)
 
 
 def _object_fact(home: _Home, fact: GoalFact, facts: Sequence[GoalFact], limit: int):
@@ -342,15 +395,109 @@ def _together(home: _Home, facts: Sequence[GoalFact], limit: int):
             yield from (("near", number) for number in _stones(home, *pair))
 
 
+# A wanted action: the properties of which its object needs one, the classes that count as having
+# it, and the conditions that it asks for. Verbs without object or with two have rules of their own.
+_PERFORMERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "WALK": ((), (), ("near",)),
+    "RUN": ((), (), ("near",)),
+    "FIND": ((), (), ("near",)),
+    "TURNTO": ((), (), ("faced",)),
+    "LOOKAT": ((), (), ("faced",)),
+    "POINTAT": ((), (), ("faced",)),
+    "WATCH": (("LOOKABLE",), (), ("faced", "near")),
+    "TOUCH": ((), (), ("near", "uncovered")),
+    "PUSH": ((), (), ("near", "uncovered")),
+    "PULL": (("MOVABLE",), ("button", "chair", "curtain"), ("near", "uncovered")),
+    "MOVE": (("MOVABLE",), ("button", "chair", "curtain"), ("near", "uncovered")),
+    "TYPE": (("HAS_SWITCH",), ("keyboard",), ("near",)),
+    "WASH": ((), (), ("near",)),
+    "RINSE": ((), (), ("near",)),
+    "SCRUB": ((), (), ("near",)),
+    "WIPE": ((), (), ("near", "something held")),
+    "DRINK": (("DRINKABLE", "RECIPIENT"), (), ("held",)),
+    "READ": (("READABLE",), (), ("held",)),
+    "EAT": (("EATABLE",), (), ("near",)),
+    "GRAB": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "SIT": (("SITTABLE",), (), ("sat on",)),
+    "LIE": (("LIEABLE",), (), ("lain on",)),
+    "OPEN": (("CAN_OPEN",), ("desk", "window"), ("open", "closed")),
+    "CLOSE": (("CAN_OPEN",), ("desk", "window"), ("closed",)),
+    "SWITCHON": (("HAS_SWITCH",), (), ("on", "off")),
+    "SWITCHOFF": (("HAS_SWITCH",), (), ("off", "on")),
+    "PLUGIN": (("HAS_PLUG",), (), ("plugged in", "plugged out")),
+    "PLUGOUT": (("HAS_PLUG",), (), ("plugged out", "plugged in")),
+    "PUTON": (("CLOTHES",), (), ("worn",)),
+    "PUTOFF": (("CLOTHES",), (), ("worn",)),
+    "PUTOBJBACK": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "DROP": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "RELEASE": (("GRABBABLE",), ("water", "child"), ("held",)),
+    "SQUEEZE": (("CLOTHES",), tuple(sorted(SQUEEZABLE)), ("near",)),
+    "CUT": (("CUTTABLE",), (), ("near", "knife held")),
+    "GREET": (("PERSON",), (), ()),
+}
+
+
+def _deed(home: _Home, deed: GoalDeed, limit: int):
+    """Actions that count as a wanted one, and the conditions that they ask for."""
+    for verb in deed.verbs:
+        if verb in ("SLEEP", "WAKEUP", "STANDUP"):
+            yield Grounded(verb)
+            yield from _rest(home, limit)
+        elif verb in ("PUTBACK", "PUTIN", "POUR"):
+            yield from _pairs(home, verb, deed.objects or home.allowed, limit)
+        elif verb in _PERFORMERS:
+            traits, classes, conditions = _PERFORMERS[verb]
+            things = deed.objects or [i for i in home.allowed if i not in home.rooms]
+            fit = [
+                i
+                for i in things
+                if home.nodes[i]["class_name"] != _CHARACTER
+                if not traits or any(home.has(i, trait, classes) for trait in traits)
+            ]
+            for number in fit[:limit]:
+                yield Grounded(verb, number)
+                yield from ((condition, number) for condition in conditions)
+
+
+def _rest(home: _Home, limit: int):
+    for condition, trait in _POSES.values():
+        seats = [i for i in home.allowed if home.has(i, trait)]
+        yield from ((condition, seat) for seat in seats[:limit])
+
+
+def _pairs(home: _Home, verb: str, first: Sequence[int], limit: int):
+    second = home.allowed
+    carried = [i for i in first if home.has(i, "GRABBABLE", _GRABBABLE)]
+    if verb == "POUR":
+        carried = [i for i in carried if home.has(i, "POURABLE") or home.has(i, "DRINKABLE")]
+        second = [i for i in second if home.has(i, "RECIPIENT", _VESSELS)]
+    for a, b in itertools.product(carried[:limit], second[:limit]):
+        if a != b:
+            yield Grounded(verb, a, b)
+            yield "held", a
+            yield "near", b
+            if verb == "PUTIN" and home.has(b, "CAN_OPEN") and not home.is_(b, "OPEN"):
+                yield "open", b
+
+
 def action_table(
-    graph: Mapping[str, Any], predicates: Sequence[GoalFact], *, instances: int = 6
+    graph: Mapping[str, Any],
+    predicates: Sequence[GoalFact],
+    *,
+    deeds: Sequence[GoalDeed] = (),
+    meant: Mapping[str, Sequence[int]] | None = None,
+    told: Sequence[int] | None = None,
+    instances: int = 6,
 ) -> list[Grounded]:
     """The actions that can matter for a goal, see the top of this module.
 
     Args:
         graph: initial graph, `nodes` and `edges` as the simulator's JSON has them.
         predicates: the goal, by class names.
-        instances: how many nodes of a class are taken at most.
+        deeds: actions that must have been performed.
+        meant: graph ids that a class name of the goal means; all of the class where it is absent.
+        told: graph ids that actions may name, where the task limits them.
+        instances: how many nodes of a class, or objects of a wanted action, are taken at most.
 
     Returns:
         Distinct actions, sorted by verb and ids; for the 518 RobotHow tasks 2 to 91,
@@ -360,7 +507,7 @@ def action_table(
         EgjaxError: a class that the graph lacks, or a graph without a character.
     """
     named = {name for p in predicates for name in (p.subject, p.other) if name is not None}
-    home = _Home(graph, named)
+    home = _Home(graph, named, meant or {}, told)
     for name in sorted(named | {_CHARACTER}):
         if name not in home.by_class:
             raise EgjaxError(f"the graph has no {name}", where="action_table")
@@ -373,6 +520,8 @@ def action_table(
         else:
             rule = _object_fact
         pending += rule(home, fact, predicates, instances)
+    for deed in deeds:
+        pending += _deed(home, deed, instances)
     found: set[Any] = set()
     while pending:
         item = pending.pop()
@@ -381,7 +530,8 @@ def action_table(
             if not isinstance(item, Grounded):
                 condition, number = item
                 pending += _ACHIEVERS[condition](home, number)
-    actions = {item for item in found if isinstance(item, Grounded)}
+    allowed = {None, *home.allowed}
+    actions = {a for a in found if isinstance(a, Grounded) and {a.obj, a.target} <= allowed}
     if home.is_(home.by_class[_CHARACTER][0], "SITTING", "LYING"):
         actions.add(Grounded("STANDUP"))
     return sorted(actions, key=lambda a: (VERB_INDEX[a.verb], a.obj or -1, a.target or -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from flax import struct
 
 from egjax.search.mcts import World, pick
 from egjax.sim import goals, world
+from egjax.sim.rules import REFERENCE, Rules
 from egjax.sim.vocab import VERB_INDEX, VERBS
 from egjax.types import ActionTable, Scene, State, Task
 
@@ -24,7 +26,8 @@ class Rewards(NamedTuple):
     """What a step is worth; "Growing Through Experience" (arXiv 2506.01312), section 3.1.
 
     Attributes:
-        gain: for each goal predicate that holds for the first time on this trajectory.
+        gain: for each goal predicate that holds for the first time on this trajectory, and each
+            wanted action that is performed.
         cost: of a step that brings none (negative).
         change: for each goal predicate that holds again after the step, and its negative for each
             that holds no more. 0 is the paper's reward; with `change = gain` the sum of rewards is
@@ -45,17 +48,19 @@ class Progress:
         state: of the household.
         achieved: bool[G]. Predicates that have held at some time on this trajectory.
         held: bool[G]. Predicates that hold now.
+        performed: int32[]. How many of the wanted actions have been performed, in order.
     """
 
     state: State
     achieved: Array
     held: Array
+    performed: Array
 
 
 def begin(task: Task) -> Progress:
     """Where a task starts; one task. What holds from the start brings no reward."""
     held = goals.satisfied(task.scene, task.state, task.goal)
-    return Progress(task.state, held, held)
+    return Progress(task.state, held, held, jnp.int32(0))
 
 
 @struct.dataclass
@@ -68,7 +73,7 @@ class Prepared:
     wanted: goals.Wanted
 
 
-def prepare(task: Task | Prepared) -> Prepared:
+def prepare(task: Task | Prepared, rules: Rules = REFERENCE) -> Prepared:
     """Gathers what never changes of a task; one that is prepared comes back as it is.
 
     FIND counts as legal only near its object: far from it it is the same as WALK, which the table
@@ -78,7 +83,7 @@ def prepare(task: Task | Prepared) -> Prepared:
         return task
     # RINSE asks for nearness and nothing else.
     asked = jnp.where(task.actions.verb == _FIND, _RINSE, task.actions.verb)
-    table = world.ground(task.scene, dataclasses.replace(task.actions, verb=asked))
+    table = world.ground(task.scene, dataclasses.replace(task.actions, verb=asked), rules)
     wanted = goals.ground(task.scene, task.goal)
     return Prepared(task.scene, task.actions, table._replace(actions=task.actions), wanted)
 
@@ -94,38 +99,44 @@ def verb_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array
     return jnp.where(legal, 1.0 / jnp.maximum(count[task.actions.verb], 1.0), 0.0)
 
 
-def household(rewards: Rewards | None = None) -> World:
+def household(rewards: Rewards | None = None, rules: Rules = REFERENCE) -> World:
     """The world of household tasks: params are a `Task`, the embedding is a `Progress`.
 
     Tables must not have PUTOBJBACK, which is never legal here: PUTBACK and PUTIN do the same.
     """
     rewards = rewards or Rewards()
 
-    def legal(task: Task | Prepared, progress: Progress) -> Array:
-        ready = prepare(task)
-        return world.look(ready.scene, progress.state, ready.table, returns=False).legal
+    ready_for = functools.partial(prepare, rules=rules)
 
-    def after(ready: Prepared, progress: Progress, state: State):
+    def look(ready: Prepared, progress: Progress) -> world.Look:
+        return world.look(ready.scene, progress.state, ready.table, rules, returns=False)
+
+    def legal(task: Task | Prepared, progress: Progress) -> Array:
+        return look(ready_for(task), progress).legal
+
+    def take(ready: Prepared, progress: Progress, seen: world.Look, action: Array):
+        table, before = ready.actions, progress.performed
+        state = world.take(ready.scene, progress.state, ready.table, seen, action, rules)
         held = goals.satisfied(ready.scene, state, ready.wanted)
-        gained = jnp.sum(held & ~progress.achieved)
+        goal = ready.wanted.goal
+        performed = goals.perform(goal, before, table.verb[action], table.obj[action], True)
+        gained = jnp.sum(held & ~progress.achieved) + (performed - before)
         lost = jnp.sum(progress.held & ~held)
         regained = jnp.sum(held & ~progress.held & progress.achieved)
         reward = jnp.where(gained > 0, rewards.gain * gained, rewards.cost)
         reward = (reward + rewards.change * (regained - lost)).astype(jnp.float32)
-        embedding = Progress(state, progress.achieved | held, held)
-        return embedding, reward, jnp.all(held), state.overflow
+        after = Progress(state, progress.achieved | held, held, performed)
+        solved = jnp.all(held) & goals.all_performed(goal, performed)
+        return after, reward, solved, state.overflow
 
     def step(task: Task | Prepared, progress: Progress, action: Array):
-        ready = prepare(task)
-        seen = world.look(ready.scene, progress.state, ready.table, returns=False)
-        state = world.take(ready.scene, progress.state, ready.table, seen, action)
-        return after(ready, progress, state)
+        ready = ready_for(task)
+        return take(ready, progress, look(ready, progress), action)
 
     def play(task: Task | Prepared, progress: Progress, draw: Array):
-        ready = prepare(task)
-        seen = world.look(ready.scene, progress.state, ready.table, returns=False)
+        ready = ready_for(task)
+        seen = look(ready, progress)
         action = pick(verb_first(ready, progress, seen.legal), draw)
-        state = world.take(ready.scene, progress.state, ready.table, seen, action)
-        return jnp.where(jnp.any(seen.legal), action, -1), *after(ready, progress, state)
+        return jnp.where(jnp.any(seen.legal), action, -1), *take(ready, progress, seen, action)
 
-    return World(legal, step, verb_first, prepare, play)
+    return World(legal, step, verb_first, ready_for, play)

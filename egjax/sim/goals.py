@@ -1,4 +1,9 @@
-"""Goals: what a task's final graph has and its initial one has not, by class; and their test."""
+"""Goals: what must hold at the end and what must have been done, and their tests.
+
+RobotHow's goals are what a task's final graph has and its initial one has not, by class
+(`Predicate`). Others name the acceptable objects one by one (`Fact`) or want actions performed in
+order (`Deed`), as the Embodied Agent Interface's do.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +17,21 @@ from jax import Array
 
 from egjax.errors import EgjaxError
 from egjax.sim.graph import Names
-from egjax.sim.vocab import RELATIONS, STATES, state_bit
+from egjax.sim.vocab import RELATIONS, STATES, VERB_INDEX, VERBS, state_bit
 from egjax.sim.world import any_byte, fold, swap, to_lanes
 from egjax.types import Goal, Scene, State
 
 __all__ = [
+    "Deed",
+    "Fact",
     "GoalSizes",
     "Predicate",
     "Wanted",
+    "all_performed",
     "encode_goal",
     "goal_predicates",
     "ground",
+    "perform",
     "satisfied",
 ]
 
@@ -39,11 +48,36 @@ class Predicate(NamedTuple):
         return f"{self.relation}({', '.join(words)})"
 
 
+class Fact(NamedTuple):
+    """A goal fact by graph ids: any of `subjects`, and for a relation any of `others`, serves."""
+
+    relation: str
+    subjects: tuple[int, ...]
+    others: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        ends = [self.subjects] if self.others is None else [self.subjects, self.others]
+        return f"{self.relation}({', '.join('|'.join(map(str, end)) for end in ends)})"
+
+
+class Deed(NamedTuple):
+    """An action that must have been performed: one of the verbs, on one of the objects (graph ids;
+    None for any) as its first argument."""
+
+    verbs: tuple[str, ...]
+    objects: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        things = "" if self.objects is None else "|".join(map(str, self.objects))
+        return f"{'|'.join(self.verbs)}({things})"
+
+
 class GoalSizes(NamedTuple):
-    """Array sizes of a goal: predicates, and instances over all of them."""
+    """Array sizes of a goal: predicates, instances over all of them, actions to be performed."""
 
     predicates: int = 24
     instances: int = 128
+    deeds: int = 0
 
 
 def _facts(graph: Mapping[str, Any], close: bool) -> set[Predicate]:
@@ -85,9 +119,10 @@ def goal_predicates(
 
 
 def encode_goal(
-    predicates: Sequence[Predicate],
+    predicates: Sequence[Predicate | Fact],
     names: Names,
     *,
+    deeds: Sequence[Deed] = (),
     nodes: int,
     sizes: GoalSizes | None = None,
     where: str = "goal",
@@ -95,25 +130,30 @@ def encode_goal(
     """Arrays of a goal in a scene. The end with fewer instances becomes the subject.
 
     Args:
-        predicates: at least one.
+        predicates: what must hold at the end.
         names: of the scene.
+        deeds: what must have been performed, in this order.
         nodes: padded number of nodes.
         sizes: array sizes; the smallest that fit where absent.
         where: what to call the goal in an error.
 
     Raises:
-        EgjaxError: no predicate, an unknown relation or state, a class that the scene lacks, or
-            more than the sizes hold.
+        EgjaxError: nothing wanted, an unknown relation, state or verb, a class or id that the
+            scene lacks, or more than the sizes hold.
     """
-    if not predicates:
+    if not predicates and not deeds:
         raise EgjaxError("no goal predicate", where=where)
     by_class: dict[str, list[int]] = {}
     for index, node in enumerate(names.nodes):
         by_class.setdefault(node["class_name"], []).append(index)
-    rows = [_encode_predicate(p, by_class, where) for p in predicates]
+    rows = [
+        _encode_predicate(p.relation, *_ends(p, by_class, names, where), where) for p in predicates
+    ]
     total = sum(len(subjects) for subjects, _, _ in rows)
-    sizes = sizes or GoalSizes(len(rows), total)
-    if len(rows) > sizes.predicates or total > sizes.instances:
+    # A goal of deeds alone has one predicate of padding.
+    sizes = sizes or GoalSizes(max(len(rows), 1), max(total, 1), len(deeds))
+    many = len(rows) > sizes.predicates or total > sizes.instances or len(deeds) > sizes.deeds
+    if many:
         raise EgjaxError("more predicates or instances than the arrays hold", where=where)
     goal: dict[str, Any] = {
         "subject": np.full(sizes.instances, -1, np.int32),
@@ -121,6 +161,8 @@ def encode_goal(
         "bit": np.zeros(sizes.predicates, np.int32),
         "others": np.zeros((sizes.predicates, nodes), np.uint8),
         "mask": np.arange(sizes.predicates) < len(rows),
+        "deed_verbs": np.zeros((sizes.deeds, len(VERBS)), bool),
+        "deed_objects": np.zeros((sizes.deeds, nodes), bool),
     }
     filled = 0
     for i, (subjects, bit, others) in enumerate(rows):
@@ -129,24 +171,49 @@ def encode_goal(
         filled += len(subjects)
         goal["bit"][i] = bit
         goal["others"][i, others] = 255
+    for i, deed in enumerate(deeds):
+        unknown = [verb for verb in deed.verbs if verb not in VERB_INDEX]
+        if unknown or not deed.verbs:
+            raise EgjaxError(f"unknown verb in {deed}", where=where)
+        goal["deed_verbs"][i, [VERB_INDEX[verb] for verb in deed.verbs]] = True
+        chosen = slice(None) if deed.objects is None else _indices(deed.objects, names, where)
+        goal["deed_objects"][i, chosen] = True
     return Goal(**goal)
 
 
-def _encode_predicate(
-    predicate: Predicate, by_class: Mapping[str, Sequence[int]], where: str
-) -> tuple[Sequence[int], int, Sequence[int]]:
-    """Subjects, bit and other ends of one predicate."""
+def _indices(ids: Sequence[int], names: Names, where: str) -> list[int]:
+    missing = [i for i in ids if i not in names.index]
+    if missing:
+        raise EgjaxError(f"the scene has no node {missing[0]}", where=where)
+    return [names.index[i] for i in ids]
+
+
+def _ends(
+    predicate: Predicate | Fact, by_class: Mapping[str, Sequence[int]], names: Names, where: str
+) -> tuple[Sequence[int], Sequence[int] | None]:
+    """Node indices of the acceptable subjects and, for a relation, of the other ends."""
+    if isinstance(predicate, Fact):
+        others = predicate.others
+        there = None if others is None else _indices(others, names, where)
+        return _indices(predicate.subjects, names, where), there
     for name in (predicate.subject, predicate.other):
         if name is not None and name not in by_class:
             raise EgjaxError(f"the scene has no {name}", where=f"{where} {predicate}")
-    subjects = by_class[predicate.subject]
-    if predicate.other is None:
-        if predicate.relation not in STATES:
-            raise EgjaxError(f"unknown state {predicate.relation!r}", where=where)
-        return subjects, state_bit(predicate.relation), []
-    if predicate.relation not in RELATIONS[:6]:
-        raise EgjaxError(f"unknown relation {predicate.relation!r}", where=where)
-    kind, others = RELATIONS.index(predicate.relation), by_class[predicate.other]
+    there = None if predicate.other is None else by_class[predicate.other]
+    return by_class[predicate.subject], there
+
+
+def _encode_predicate(
+    relation: str, subjects: Sequence[int], others: Sequence[int] | None, where: str
+) -> tuple[Sequence[int], int, Sequence[int]]:
+    """Subjects, bit and other ends of one predicate."""
+    if others is None:
+        if relation not in STATES:
+            raise EgjaxError(f"unknown state {relation!r}", where=where)
+        return subjects, state_bit(relation), []
+    if relation not in RELATIONS[:6]:
+        raise EgjaxError(f"unknown relation {relation!r}", where=where)
+    kind = RELATIONS.index(relation)
     if kind >= 4:  # hands are the character's, in bits 8 and 9 of the held node
         return others, kind + 4, []
     if len(others) < len(subjects):
@@ -245,3 +312,30 @@ def satisfied(scene: Scene, state: State, goal: Goal | Wanted) -> Array:
     numbers = jnp.arange(goal.bit.shape[0])
     held = found[numbers // 32] >> (numbers % 32).astype(jnp.uint32) & 1
     return (held != 0) | ~goal.mask
+
+
+def perform(goal: Goal, performed: Array, verb: Array, obj: Array, accepted: Array | bool) -> Array:
+    """How many of the wanted actions have been performed after one more action.
+
+    Args:
+        goal: one goal.
+        performed: int32[]. How many before it.
+        verb, obj: int32[]. The action; `obj` is -1 where the verb takes none.
+        accepted: bool[]. A refused action counts for nothing.
+
+    Returns:
+        int32[].
+    """
+    wanted = goal.deed_verbs.shape[0]
+    if not wanted:
+        return performed
+    verbs, objects = jnp.asarray(goal.deed_verbs), jnp.asarray(goal.deed_objects)
+    at = jnp.minimum(performed, wanted - 1)
+    hit = verbs[at, verb] & objects[at, jnp.maximum(obj, 0)]
+    hit &= (obj >= 0) | objects[at].all()
+    return performed + (hit & accepted & (performed < wanted))
+
+
+def all_performed(goal: Goal, performed: Array) -> Array:
+    """bool[]: every action that the goal wants has been performed."""
+    return performed >= jnp.asarray(goal.deed_verbs).any(-1).sum()

@@ -17,6 +17,7 @@ from egjax.sim.vocab import PROPERTIES, RELATIONS, STATE_SHIFT, STATES, Trait
 from egjax.types import Scene, State
 
 __all__ = [
+    "SQUEEZABLE",
     "TIE_LIMITS",
     "Names",
     "Sizes",
@@ -33,7 +34,7 @@ __all__ = [
 
 Graph = Mapping[str, Any]
 
-_SQUEEZABLE = {
+SQUEEZABLE = {
     "cleaning_solution", "tooth_paste", "shampoo", "food_peanut_butter", "dish_soap", "soap",
     "towel", "rag", "paper", "sponge", "food_lemon", "check",
 }  # fmt: skip
@@ -135,7 +136,7 @@ def _traits(node: Mapping[str, Any], where: str) -> int:
         Trait.PERSON: "PERSON" in props,
         Trait.BODY_PART: "BODY_PART" in props,
         Trait.MOVABLE: "MOVABLE" in props or name in ("button", "chair", "curtain"),
-        Trait.SQUEEZABLE: "CLOTHES" in props or name in _SQUEEZABLE,
+        Trait.SQUEEZABLE: "CLOTHES" in props or name in SQUEEZABLE,
         Trait.TYPEABLE: name == "keyboard" or "HAS_SWITCH" in props,
         Trait.KNIFE: "knife" in name,
         Trait.WATER: name == "water",

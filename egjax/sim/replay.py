@@ -2,11 +2,12 @@
 
 An episode of recorded transitions is a line of JSON: `graph`, the name of a graph file, and `steps`
 with `action`, `ok` and, if accepted, `states` (new states of each changed node), `added` and
-`removed` edges, else the reference's `message`.
+`removed` edges, else the reference's `message` (null where it gave none).
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from jax import Array
 
 from egjax.errors import EgjaxError
 from egjax.sim.graph import Names, decode, edge_bits, tie_order
-from egjax.sim.rules import Check, reason
+from egjax.sim.rules import REFERENCE, Check, Rules, reason
 from egjax.sim.text import Line, bind, parse_line
 from egjax.sim.vocab import RELATIONS, STATE_SHIFT, STATES, VERB_INDEX, Flag
 from egjax.sim.world import step
@@ -40,13 +41,16 @@ __all__ = [
 Edge = tuple[int, str, int]
 
 
-@jax.jit
-def replay(scene: Scene, state: State, actions: Array) -> tuple[State, Array]:
+@functools.partial(jax.jit, static_argnames="rules")
+def replay(
+    scene: Scene, state: State, actions: Array, rules: Rules = REFERENCE
+) -> tuple[State, Array]:
     """Tries actions one after the other; a refused one changes nothing.
 
     Args:
         scene, state: one scene and its first state.
         actions: int32[T, 3], verb and node indices of the arguments; verb -1 is skipped.
+        rules: rule set.
 
     Returns:
         The states after each action, leading axis T, and error numbers int32[T] (0 accepted).
@@ -54,7 +58,7 @@ def replay(scene: Scene, state: State, actions: Array) -> tuple[State, Array]:
 
     def body(state: State, action: Array) -> tuple[State, tuple[State, Array]]:
         verb = jax.numpy.maximum(action[0], 0)
-        after, code = step(scene, state, verb, action[1], action[2])
+        after, code = step(scene, state, verb, action[1], action[2], rules)
         after = jax.tree.map(lambda a, b: jax.numpy.where(action[0] >= 0, a, b), after, state)
         return after, (after, jax.numpy.where(action[0] >= 0, code, 0))
 
@@ -100,13 +104,21 @@ def read_episodes(path: str | Path) -> Iterator[dict[str, Any]]:
         raise EgjaxError("cannot read episodes", where=str(path), remedy=str(error)) from None
 
 
-def explain(scene: Scene, state: State, names: Names, action: Sequence[int], code: int) -> str:
+def explain(
+    scene: Scene,
+    state: State,
+    names: Names,
+    action: Sequence[int],
+    code: int,
+    rules: Rules = REFERENCE,
+) -> str:
     """The reference's message for a refused action.
 
     Args:
         scene, state, names: where the action was refused.
         action: verb and node indices.
         code: error number of `egjax.sim.world.step`, not 0.
+        rules: rule set.
     """
     verb, obj, target = (int(x) for x in action)
     if VERB_INDEX["PUTOBJBACK"] == verb and int(np.asarray(state.grabbed)[obj]) >= 0:
@@ -119,14 +131,14 @@ def explain(scene: Scene, state: State, names: Names, action: Sequence[int], cod
         "b": label(target) if target >= 0 else "",
     }
     if "{r}" in text:
-        here, there = _room(scene, state, int(scene.character)), _room(scene, state, obj)
+        here, there = (_room(scene, state, x, rules) for x in (int(scene.character), obj))
         values |= {"r": label(here), "s": label(there)}
         if code - 1 == Check.DOORS_OPEN:
             values["doors"] = ", ".join(label(d) for d in _closed_doors(scene, state, here, there))
     return text.format(**values)
 
 
-def _room(scene: Scene, state: State, node: int) -> int:
+def _room(scene: Scene, state: State, node: int, rules: Rules) -> int:
     """Room of a node; of several the first by the tie rule. Host twin of the device's rule."""
     room = np.asarray(scene.room)
     if room[node] >= 0:
@@ -135,6 +147,8 @@ def _room(scene: Scene, state: State, node: int) -> int:
     ids = np.asarray(scene.ids)
     by_id = {int(ids[i]): int(i) for i in inside}
     rooms = [by_id[i] for i in tie_order(list(by_id)) if room[by_id[i]] >= 0]
+    if rules.nested_rooms and not rooms and len(inside) == 1:
+        return _room(scene, state, int(inside[0]), rules)
     return rooms[0] if rooms else node
 
 
@@ -161,7 +175,11 @@ class Disagreement:
 
 
 def compare_episode(
-    episode: Mapping[str, Any], scene: Scene, state: State, names: Names
+    episode: Mapping[str, Any],
+    scene: Scene,
+    state: State,
+    names: Names,
+    rules: Rules = REFERENCE,
 ) -> Iterator[tuple[str, bool, Disagreement | None]]:
     """Runs an episode freely from its graph and compares every step.
 
@@ -171,19 +189,20 @@ def compare_episode(
     lines = [parse_line(s["action"], where=episode["graph"]) for s in episode["steps"]]
     actions = [bind(scene, state, names, line, where=episode["graph"]) for line in lines]
     length = -(-max(len(actions), 1) // 64) * 64  # few lengths, few compilations
-    states, codes = jax.device_get(replay(scene, state, pad_actions(actions, length)))
+    states, codes = jax.device_get(replay(scene, state, pad_actions(actions, length), rules))
     before, bits = state, edge_bits(scene, state)
     for i, (record, line) in enumerate(zip(episode["steps"], lines, strict=True)):
         after = jax.tree.map(lambda leaf, i=i: leaf[i], states)
         if codes[i]:
-            ours = explain(scene, before, names, actions[i], int(codes[i]))
+            ours = explain(scene, before, names, actions[i], int(codes[i]), rules)
         else:
             new_bits = edge_bits(scene, after)
             ours = _changes(scene, before, after, bits, new_bits)
             before, bits = after, new_bits
         theirs = _recorded(record) if record["ok"] else record["message"]
         differs = None
-        if ours != theirs or bool(codes[i] == 0) != record["ok"] or bool(after.overflow):
+        wrong = bool(codes[i] == 0) != record["ok"] or bool(after.overflow)
+        if wrong or (theirs is not None and ours != theirs):
             differs = Disagreement(i, str(line), str(ours), str(theirs))
         yield line.verb, record["ok"], differs
 
@@ -214,7 +233,13 @@ def _recorded(record: Mapping[str, Any]) -> tuple[object, object, object]:
 
 
 def final_graph(
-    scene: Scene, state: State, names: Names, script: Sequence[Line], *, where: str = "script"
+    scene: Scene,
+    state: State,
+    names: Names,
+    script: Sequence[Line],
+    *,
+    rules: Rules = REFERENCE,
+    where: str = "script",
 ) -> tuple[dict[str, Any], int | None]:
     """Runs a script with ids.
 
@@ -223,7 +248,7 @@ def final_graph(
     """
     actions = [bind(scene, state, names, line, where=where) for line in script]
     length = -(-max(len(actions), 1) // 64) * 64
-    states, codes = jax.device_get(replay(scene, state, pad_actions(actions, length)))
+    states, codes = jax.device_get(replay(scene, state, pad_actions(actions, length), rules))
     refused = np.flatnonzero(codes)
     last = jax.tree.map(lambda leaf: leaf[-1], states)
     return decode(scene, last, names), int(refused[0]) if len(refused) else None

@@ -1,20 +1,37 @@
 """The rules of the household as tables: a verb is a row of checks and a row of effects.
 
 Under `jax.vmap` every branch of a switch is computed, so verbs are rows that the step gathers
-instead. `reference_rules` states VirtualHome's evolving graph at tag v1.0.0.
+instead. Three rule sets, by name in `RULES`:
+
+- `reference`: VirtualHome's evolving graph at tag v1.0.0.
+- `repaired`: the same with three faults mended. What is carried is in the room one is in, standing
+  up leaves the seat, and what is held cannot be grabbed again.
+- `eai`: the executor of the Embodied Agent Interface (arXiv 2410.07166; the wheel
+  `virtualhome-eval` 0.1.1), to foretell its verdict on a plan.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag, Trait
 
-__all__ = ["CHECKS", "Check", "Rules", "reason", "reference_rules"]
+__all__ = [
+    "CHECKS",
+    "REFERENCE",
+    "RULES",
+    "Check",
+    "Rules",
+    "eai_rules",
+    "reason",
+    "reference_rules",
+    "repaired_rules",
+]
 
 TRAITS = 32
 
@@ -54,6 +71,8 @@ class Check(enum.IntEnum):
     PUT_OPEN = 56
     FINDABLE = 57
     RETURNABLE = 58
+    NOT_HELD = 59
+    NOT_GRABBED = 60
     TARGET_NEAR = 64
     TARGET_OPEN = 65
     TARGET_RECIPIENT = 66
@@ -210,48 +229,124 @@ REFERENCE_EFFECTS: Mapping[str, Effect] = {
 POUR_WATER = Effect(link=_INSIDE, clear_obj=_HANDS)
 
 
-class Rules(NamedTuple):
-    """A rule set as arrays; row v is verb v, one further row is POUR of water.
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """A rule set: tables, and switches where the interpreter itself must differ.
+
+    Compared and hashed by identity, so that a jitted function can take it as a static argument;
+    the switches are Python bools and cost nothing where they are off. Row v of a table is verb v;
+    then come POUR of water and, with `vain_return`, PUTOBJBACK that changes nothing.
 
     Attributes:
         need: uint32[V, 3]. Facts that must all be true, as bits, for a table of actions.
-        order: int32[V+1, L]. The same facts in the order in which the reference asks, -1 after.
-        effects: `Effect` of int32/uint32/bool[V+1] arrays.
+        order: int32[V+1 or V+2, L]. The same facts in the order in which they are asked, -1 after.
+        effects: `Effect` of int32/uint32/bool[V+1 or V+2] arrays.
+        carry_along: what is carried comes INSIDE the room that one walks to; otherwise it stays
+            INSIDE the room that one leaves.
+        find_resting: FIND of something far away looks around while one sits or lies; otherwise it
+            is WALK, and refused.
+        new_first: the tie rule for where GRAB takes a thing from counts initial edges that are cut,
+            and among equal remainders lets edges made in the episode come before initial ones.
+        nested_rooms: a thing INSIDE nothing but another thing is in the room of that one;
+            otherwise it is in no room.
+        open_walk: WALK brings CLOSE what is INSIDE a thing that can be opened and what the thing is
+            ON, and nothing of a room; otherwise what is ON a surface, and the room itself.
+        vain_return: PUTOBJBACK of something once grabbed that cannot be put back is accepted and
+            changes nothing.
     """
 
     need: np.ndarray
     order: np.ndarray
     effects: Effect
+    carry_along: bool = False
+    find_resting: bool = True
+    new_first: bool = False
+    nested_rooms: bool = False
+    open_walk: bool = False
+    vain_return: bool = False
+
+    def asks(self, check: Check) -> bool:
+        """Whether any verb asks for a fact."""
+        return bool((self.order == check).any())
 
 
-def _build(checks: Mapping[str, Sequence[int]], effects: Mapping[str, Effect]) -> Rules:
+def _build(
+    checks: Mapping[str, Sequence[int]],
+    effects: Mapping[str, Effect],
+    *,
+    vain_return: bool = False,
+) -> Rules:
     rows: list[list[int]] = []
     for verb in VERBS:
         present = [Check.PRESENT, Check.TARGET_PRESENT][: verb.arity]
         rows.append([int(check) for check in (*present, *checks[verb.name])])
+    table = [effects.get(verb.name, Effect()) for verb in VERBS] + [POUR_WATER]
+    asked = [list(row) for row in rows]
+    asked[VERB_INDEX["FIND"]] = [Check.FINDABLE]
     rows.append(rows[VERB_INDEX["POUR"]])
+    if vain_return:
+        rows.append([Check.PRESENT, Check.GRABBED])
+        table.append(Effect())
+        asked[VERB_INDEX["PUTOBJBACK"]] = rows[-1]
+    else:
+        asked[VERB_INDEX["PUTOBJBACK"]] = [Check.GRABBED, Check.HELD, Check.RETURNABLE]
     order = np.full((len(rows), max(map(len, rows))), -1, np.int32)
     for index, row in enumerate(rows):
         order[index, : len(row)] = row
-    asked = dict(enumerate(rows[:-1]))
-    asked[VERB_INDEX["FIND"]] = [Check.FINDABLE]
-    asked[VERB_INDEX["PUTOBJBACK"]] = [Check.GRABBED, Check.HELD, Check.RETURNABLE]
     need = np.zeros((len(VERBS), CHECKS // 32), np.uint32)
-    for index, row in asked.items():
+    for index, row in enumerate(asked):
         for check in row:
             need[index, check // 32] |= np.uint32(1 << (check % 32))
-    table = [effects.get(verb.name, Effect()) for verb in VERBS] + [POUR_WATER]
     columns = []
     for column, default in zip(zip(*table, strict=True), Effect(), strict=True):
         kind = np.bool_ if isinstance(default, bool) else np.int32
         columns.append(np.array([int(value) for value in column]).astype(kind))
-    return Rules(need, order, Effect(*columns))
+    return Rules(need, order, Effect(*columns), vain_return=vain_return)
 
 
 def reference_rules() -> Rules:
     """The rules of VirtualHome's evolving graph at tag v1.0.0."""
     return _build(REFERENCE_CHECKS, REFERENCE_EFFECTS)
 
+
+def repaired_rules() -> Rules:
+    """The reference with three faults mended; see the module's docstring."""
+    checks = {**REFERENCE_CHECKS, "GRAB": (*REFERENCE_CHECKS["GRAB"], _C.NOT_HELD)}
+    standing = REFERENCE_EFFECTS["STANDUP"]._replace(clear_all=Flag.ON_OUT)
+    rules = _build(checks, {**REFERENCE_EFFECTS, "STANDUP": standing})
+    return replace(rules, carry_along=True)
+
+
+def eai_rules() -> Rules:
+    """The rules of the Embodied Agent Interface's executor (`virtualhome-eval` 0.1.1).
+
+    Doors never block, a thing with a remembered origin cannot be grabbed, WATCH needs an open
+    container, and the switches of `Rules` that VirtualHome 2.3.0 introduced are on. A character in
+    no room makes that executor raise; here the action is refused.
+    """
+    walk = (_C.UPRIGHT, _C.IN_ROOM, _C.HAS_ROOM)
+    grabbable, *rest = REFERENCE_CHECKS["GRAB"]
+    grab = REFERENCE_EFFECTS["GRAB"]
+    checks = {
+        **REFERENCE_CHECKS,
+        "WALK": walk,
+        "RUN": walk,
+        "GRAB": (grabbable, _C.NOT_GRABBED, *rest),
+        "PUTOBJBACK": (_C.GRABBED,),
+        "WATCH": (*REFERENCE_CHECKS["WATCH"], _C.ACCESSIBLE),
+    }
+    effects = {**REFERENCE_EFFECTS, "GRAB": grab._replace(clear_obj=grab.clear_obj | _HANDS)}
+    rules = _build(checks, effects, vain_return=True)
+    return replace(rules, find_resting=False, new_first=True, nested_rooms=True, open_walk=True)
+
+
+REFERENCE = reference_rules()
+RULES: Mapping[str, Rules] = {
+    "reference": REFERENCE,
+    "repaired": repaired_rules(),
+    "eai": eai_rules(),
+}
+"""The rule sets by name."""
 
 _C_TEXT = {
     _T.PERSON: "{o} is not person",
@@ -296,6 +391,8 @@ _C_TEXT = {
     _C.DOORS_OPEN: "Door(s) {doors} between {r} and {s} is (are) closed",
     _C.PRESENT: "the first object does not exist",
     _C.PUT_OPEN: "{b} is not open or is not openable",
+    _C.NOT_HELD: "{o} already grabbed",
+    _C.NOT_GRABBED: "{o} already grabbed",
     _C.TARGET_NEAR: "{c} is not close to {b}",
     _C.TARGET_OPEN: "{b} is not open or is not openable",
     _C.TARGET_RECIPIENT: "{b} is not recipient",

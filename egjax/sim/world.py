@@ -1,8 +1,9 @@
 """The household's dynamics as pure functions of one scene and one state; batch them with vmap.
 
-Semantics are those of VirtualHome's evolving graph at tag v1.0.0 (`egjax.sim.rules`), with every
-object counted as found and the tie rule for "the first of several nodes": the members of a set of
-n nodes are taken by (id mod m, id), m = 8, 32, 128, 512 for n up to 4, 18, 76, more.
+Semantics are those of a rule set (`egjax.sim.rules`; by default VirtualHome's evolving graph at tag
+v1.0.0), with every object counted as found and the tie rule for "the first of several nodes": the
+members of a set of n nodes are taken by (id mod m, id), m = 8, 32, 128, 512 for n up to 4, 18, 76,
+more.
 
 `step` tries any one action. For a table of actions, `ground` gathers once what never changes of its
 objects, `look` asks what is legal, and `take` plays a legal action on what `look` has seen.
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from egjax.sim.graph import TIE_LIMITS
-from egjax.sim.rules import Check, Effect, Rules, reference_rules
+from egjax.sim.rules import REFERENCE, Check, Effect, Rules
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag, Trait
 from egjax.types import ActionTable, Scene, State
 
@@ -37,11 +38,12 @@ __all__ = [
     "to_lanes",
 ]
 
-REFERENCE = reference_rules()
 _ON, _INSIDE, _CLOSE, _FACING = 0, 1, 2, 3
 _FIND, _WALK, _POUR = VERB_INDEX["FIND"], VERB_INDEX["WALK"], VERB_INDEX["POUR"]
 _PUTOBJBACK = VERB_INDEX["PUTOBJBACK"]
 _POUR_WATER = len(VERBS)
+_VAIN_RETURN = len(VERBS) + 1
+_NESTING = 4  # containers in containers that the search for a room looks through
 _NO_KEY = jnp.iinfo(jnp.int32).max
 _BOTH_CLOSE = (1 << _CLOSE) | (16 << _CLOSE)
 
@@ -203,13 +205,10 @@ def _view(scene: Scene, state: State) -> _View:
         | jnp.where(closed, jnp.uint32(1 << _INSIDE), 0)
         | jnp.where(_trait(scene.props, Trait.EATABLE), jnp.uint32(1 << (_ON + 4)), 0)
     )
-    place = jnp.arange(1, flags.shape[0] + 1, dtype=jnp.uint32)
-    # A hand holds one thing at most, so "which" is an OR over all.
-    which = _any(
-        jnp.where(_has(flags, Flag.HOLDS_RH), place, 0)
-        | jnp.where(_has(flags, Flag.HOLDS_LH), place << 16, 0)
-    )
-    hands = jnp.stack([which & 0xFFFF, which >> 16]).astype(jnp.int32) - 1
+    held = [_has(flags, hand) for hand in (Flag.HOLDS_RH, Flag.HOLDS_LH)]
+    places = jnp.arange(flags.shape[0])
+    first = [fold(jnp.where(hand, places, _NO_KEY), jnp.minimum) for hand in held]
+    hands = jnp.stack([jnp.where(place == _NO_KEY, -1, place) for place in first])
     inside = flags >> _INSIDE & 1
     here = _get(inside, scene.room_node) != 0
     mask = _modulus(_sum(inside))
@@ -221,8 +220,8 @@ def _view(scene: Scene, state: State) -> _View:
     start = jnp.maximum(room, 0)
     path = scene.door_path[start]
     blocked = (path >= 0) & door_closed[path]
-    first = jnp.argmax(blocked, -1)
-    nearest = _get(scene.door_node, jnp.take_along_axis(path, first[:, None], -1)[:, 0], -1)
+    barrier = jnp.argmax(blocked, -1)[:, None]
+    nearest = _get(scene.door_node, jnp.take_along_axis(path, barrier, -1)[:, 0], -1)
     linked = scene.connected[start].astype(jnp.uint32) << numbers.astype(jnp.uint32)
     return _View(
         cut=cut,
@@ -299,7 +298,9 @@ def _pack(facts: Mapping[Check, Array], word: int) -> Array:
     return total
 
 
-def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Array, Array, Array]:
+def _facts(
+    scene: Scene, state: State, view: _View, things: _Things, rules: Rules
+) -> tuple[Array, Array, Array]:
     """Facts about nodes as first argument (word 1) and as second (part of word 2), and the number
     of the room they are in, -1 for none. All [M]."""
     node, props = things.node, things.props
@@ -329,7 +330,8 @@ def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Ar
     parents = things.parents
     live = (parents >= 0) & ~_has(_get(view.cut, parents) | cut, 1 << _INSIDE)
     members = (counts >> 16).astype(jnp.int32) + _sum(live.astype(jnp.int32))
-    mask = settle(_modulus(members + _has(flags, Flag.INSIDE_IN)), state)
+    members += _has(flags, Flag.INSIDE_IN)
+    mask = settle(_modulus(members), state)
     key = jnp.where(
         live & (things.parent_room >= 0),
         (things.parent_id & mask) << 5 | things.parent_room,
@@ -341,6 +343,10 @@ def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Ar
     added = jnp.where(into, (far_id & mask) << 5 | far_room, _NO_KEY)
     key = jnp.minimum(fold(key, jnp.minimum), fold(added, jnp.minimum))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
+    if rules.nested_rooms:
+        outermost = jax.vmap(lambda node: _outermost(scene, view, node))(node)
+        number = _get(scene.room, outermost, -1)
+        room = jnp.where((members == 1) & (number >= 0), number, room)
     room = jnp.where(mine, view.room, room)
     room = jnp.where(things.room >= 0, things.room, room)
 
@@ -377,6 +383,10 @@ def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Ar
         Check.DOORS_OPEN: own_door | _has(view.reach >> there, 1) | (view.nearest[there] == node),
         Check.PRESENT: things.present,
     }
+    grabbed = facts[Check.GRABBED]
+    for check, true in ((Check.NOT_HELD, ~facts[Check.HELD]), (Check.NOT_GRABBED, ~grabbed)):
+        if rules.asks(check):
+            facts[check] = true
     target = {
         Check.TARGET_NEAR: near,
         Check.TARGET_OPEN: _has(flags, Flag.OPEN) | ~_trait(props, Trait.CAN_OPEN),
@@ -384,6 +394,29 @@ def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Ar
         Check.TARGET_PRESENT: things.present,
     }
     return _pack(facts, 1), _pack(target, 2), room
+
+
+def _outermost(scene: Scene, view: _View, node: Array) -> Array:
+    """What a node is INSIDE of at last, a room or what is in nothing further; -1 for nothing."""
+    outer = _outer(scene, view, node)
+    for _ in range(_NESTING):
+        arrived = (outer < 0) | (_get(scene.room, outer, -1) >= 0)
+        outer = jnp.where(arrived, outer, _outer(scene, view, outer))
+    return outer
+
+
+def _outer(scene: Scene, view: _View, node: Array) -> Array:
+    """The first node, room or not, that a node is INSIDE; -1 for none (or for no node)."""
+    at = jnp.maximum(node, 0)
+    parents = scene.inside[at]
+    far, bits = _far(view, at)
+    into = _has(bits, 1 << _INSIDE)
+    live = (parents >= 0) & ~_has(_get(view.cut, parents) | view.cut[at], 1 << _INSIDE)
+    mask = _modulus(live.sum() + into.sum())
+    ends, members = jnp.concatenate([parents, far]), jnp.concatenate([live, into])
+    key = (_get(scene.ids, ends) & mask) << 12 | _get(scene.rank, ends)
+    best = fold(jnp.where(members, key, _NO_KEY), jnp.minimum)
+    return jnp.where((node >= 0) & (best != _NO_KEY), scene.by_rank[best & 4095], -1)
 
 
 def _character_facts(scene: Scene, state: State, view: _View) -> Array:
@@ -405,15 +438,22 @@ def _character_facts(scene: Scene, state: State, view: _View) -> Array:
     return _pack(facts, 2)
 
 
-def _stays(props: Array, about: Array, character: Array) -> Array:
+def _stays(rules: Rules, props: Array, about: Array, character: Array) -> Array:
     """Whether FIND looks around (and asks for nearness) instead of walking."""
     near = _has(about, (1 << (Check.NEAR - 32)) | (1 << (Check.WORN - 32)))
-    return near | _has(character, 1 << (Check.RESTING - 64)) | _trait(props, Trait.BODY_PART)
+    if rules.find_resting:
+        near |= _has(character, 1 << (Check.RESTING - 64))
+    return near | _trait(props, Trait.BODY_PART)
 
 
-def _resolve(verb: Array, props: Array, about: Array, character: Array) -> Array:
-    """The row of the rules that a verb means here: FIND of something far away is WALK."""
-    verb = jnp.where((verb == _FIND) & ~_stays(props, about, character), _WALK, verb)
+def _resolve(
+    rules: Rules, verb: Array, props: Array, about: Array, puts: Array, character: Array
+) -> Array:
+    """The row of the rules that a verb means here: FIND of something far away is WALK. `puts` says
+    whether PUTOBJBACK would find a place that takes the thing."""
+    verb = jnp.where((verb == _FIND) & ~_stays(rules, props, about, character), _WALK, verb)
+    if rules.vain_return:
+        verb = jnp.where((verb == _PUTOBJBACK) & ~puts, _VAIN_RETURN, verb)
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
@@ -477,15 +517,15 @@ def look(
             cost two further objects.
     """
     view = _view(scene, state)
-    about, as_target, room = _facts(scene, state, view, table.things)
+    about, as_target, room = _facts(scene, state, view, table.things, rules)
     character = _character_facts(scene, state, view)
     walk = jnp.asarray(rules.need[_WALK])
     can_walk = ((about & walk[1]) == walk[1]) & ((character & walk[2]) == walk[2])
-    stays = _stays(table.things.props, about, character)
+    stays = _stays(rules, table.things.props, about, character)
     findable = jnp.where(stays, _has(about, 1 << (Check.NEAR - 32)), can_walk)
     about |= jnp.where(findable, jnp.uint32(1 << (Check.FINDABLE - 32)), 0)
     if returns:
-        back = _returnable(scene, state, view, table.things.node)
+        back = _returnable(scene, state, view, table.things.node, rules)
         about |= jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
     # Else XLA would compute the facts anew for every action that asks for them.
     about, as_target = settle(about, state), settle(as_target, state)
@@ -497,11 +537,11 @@ def look(
     return Look(met & table.possible, about, room, character, view)
 
 
-def _returnable(scene: Scene, state: State, view: _View, nodes: Array) -> Array:
+def _returnable(scene: Scene, state: State, view: _View, nodes: Array, rules: Rules) -> Array:
     """bool[M]: whether the place that a held node came from takes it back."""
     stored = _get(state.grabbed, view.hands, -1).astype(jnp.int32)
     origins = _things(scene, jnp.where(stored >= 0, stored >> 2, -1))
-    _, origin, _ = _facts(scene, state, view, origins)
+    _, origin, _ = _facts(scene, state, view, origins, rules)
     near = _has(origin, 1 << (Check.TARGET_NEAR - 64))
     takes = near & (((stored & 3) != _INSIDE) | _has(origin, 1 << (Check.TARGET_OPEN - 64)))
     return ((nodes[:, None] == view.hands) & takes & (stored >= 0)).any(-1)
@@ -537,9 +577,11 @@ def take(
     slot = actions.obj_slot[action]
     stored = _get(state.grabbed, obj, -1).astype(jnp.int32)
     target = jnp.where(verb == _PUTOBJBACK, stored >> 2, target)
-    row = _resolve(verb, _get(scene.props, obj), seen.about[slot], seen.character)
+    about = seen.about[slot]
+    puts = _has(about, 1 << (Check.RETURNABLE - 32))
+    row = _resolve(rules, verb, _get(scene.props, obj), about, puts, seen.character)
     effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
-    return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot])
+    return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot], rules)
 
 
 def step(
@@ -564,19 +606,21 @@ def step(
     put_back = verb == _PUTOBJBACK
     target = jnp.where(put_back & (stored >= 0), stored >> 2, target)
     things = _things(scene, jnp.stack([obj, target]))
-    abouts, targets, rooms = _facts(scene, state, view, things)
+    abouts, targets, rooms = _facts(scene, state, view, things, rules)
     about, as_target = abouts[0], targets[1]
     character = _character_facts(scene, state, view)
     props = _get(scene.props, obj)
-    row = _resolve(verb, props, about, character)
     put_open = ((stored & 3) != _INSIDE) | _has(as_target, 1 << (Check.TARGET_OPEN - 64))
     about |= jnp.where(put_open, jnp.uint32(1 << (Check.PUT_OPEN - 32)), 0)
+    puts = _has(about, 1 << (Check.HELD - 32)) & put_open
+    puts &= _has(as_target, 1 << (Check.TARGET_NEAR - 64))
+    row = _resolve(rules, verb, props, about, puts, character)
     words = jnp.stack([props, about, as_target | character])
     order = jnp.asarray(rules.order)[row]
     failed = (order >= 0) & ~_has(words[order // 32] >> (order % 32).astype(jnp.uint32), 1)
     code = jnp.where(failed.any(), order[jnp.argmax(failed)] + 1, 0)
     effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
-    after = _apply(scene, state, view, effect, obj, target, stored, rooms[0])
+    after = _apply(scene, state, view, effect, obj, target, stored, rooms[0], rules)
     after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
 
@@ -596,7 +640,7 @@ def _far(view: _View, node: Array) -> tuple[Array, Array]:
     return jnp.where(first, ends.sink, ends.source), bits
 
 
-def _origin(scene: Scene, view: _View, row: Array, node: Array) -> Array:
+def _origin(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) -> Array:
     """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
     among those it is ON, then INSIDE, then CLOSE to."""
     far, bits = _far(view, node)
@@ -608,31 +652,54 @@ def _origin(scene: Scene, view: _View, row: Array, node: Array) -> Array:
     )
     shift = relation.astype(jnp.uint32)
     member, far_member = row >> shift & 1, bits >> shift & 1
-    mask = _modulus((_sum(member) + _sum(far_member)).astype(jnp.int32))
-    key = jnp.where((member != 0) & thing, (scene.ids & mask) << 12 | scene.rank, _NO_KEY)
-    far_key = (_get(scene.ids, far) & mask) << 12 | _get(scene.rank, far)
+    if rules.new_first:
+        initial = from_lanes(scene.edges[node]) >> shift & 1
+        far_initial = _get(initial, far)
+        counted = _sum(member | initial) + _sum(far_member & ~far_initial)
+    else:
+        initial = far_initial = jnp.uint32(0)
+        counted = _sum(member) + _sum(far_member)
+    mask = _modulus(counted.astype(jnp.int32))
+
+    def order(ids: Array, rank: Array, initial: Array) -> Array:
+        return ((ids & mask) << 1 | initial.astype(jnp.int32)) << 12 | rank
+
+    key = order(scene.ids, scene.rank, initial)
+    key = jnp.where((member != 0) & thing, key, _NO_KEY)
+    far_key = order(_get(scene.ids, far), _get(scene.rank, far), far_initial)
     far_key = jnp.where((far_member != 0) & far_thing, far_key, _NO_KEY)
     best = jnp.minimum(fold(key, jnp.minimum), fold(far_key, jnp.minimum))
     return jnp.where(best == _NO_KEY, -1, scene.by_rank[best & 4095] * 4 + relation)
 
 
-def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
+def _close_by(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) -> Array:
     """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
-    it is INSIDE, all body parts, and everything ON it if it is a surface."""
+    it is INSIDE, all body parts, and everything ON it if it is a surface (see `Rules.open_walk`
+    for the other way)."""
     surface = _trait(scene.props[node], Trait.SURFACE)
     here = jnp.arange(row.shape[0])
     container = _has(row, 1 << _INSIDE) & (scene.room < 0) & (here != scene.character)
     container &= node != scene.character  # its own INSIDE edges are gone before this is asked
-    near = container | (_has(row, 1 << (_ON + 4)) & surface)
+    body = _trait(scene.props, Trait.BODY_PART)
     far, bits = _far(view, node)
     wanted = _has(bits, 1 << _INSIDE) & (_get(scene.room, far) < 0)
-    wanted |= _has(bits, 1 << (_ON + 4)) & surface
+    if rules.open_walk:
+        to_thing = scene.room[node] < 0
+        container, body, wanted = container & to_thing, body & to_thing, wanted & to_thing
+        # Walking empties what is carried before it asks what is INSIDE.
+        opens = _trait(scene.props[node], Trait.CAN_OPEN) & ~(view.hands == node).any()
+        within = _has(row, 1 << (_INSIDE + 4)) & opens & (here != scene.character)
+        near = container | within | _has(row, 1 << _ON)
+        wanted |= _has(bits, 1 << _ON) | (_has(bits, 1 << (_INSIDE + 4)) & opens)
+    else:
+        near = container | (_has(row, 1 << (_ON + 4)) & surface)
+        wanted |= _has(bits, 1 << (_ON + 4)) & surface
     # As words of 32 nodes first: fewer comparisons than one for every node.
     words = jnp.arange(here.shape[0] // 32)
     bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
     marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
     near |= (jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1) != 0
-    return near | _trait(scene.props, Trait.BODY_PART)
+    return near | body
 
 
 def _added(
@@ -678,6 +745,7 @@ def _apply(
     target: Array,
     stored: Array,
     obj_room: Array,
+    rules: Rules,
 ) -> State:
     """The state after an accepted action; `obj_room` is the number of the first argument's room."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
@@ -686,7 +754,7 @@ def _apply(
     is_node = (here == node) & (obj >= 0)
     is_other = (here == other) & (target >= 0)
     carried = (here == view.hands[0]) | (here == view.hands[1])
-    origin = _origin(scene, view, row, node)
+    origin = _origin(scene, view, row, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
     bond |= jnp.where((link >= 0) & effect.link_close, jnp.uint32(_BOTH_CLOSE), 0)
@@ -697,13 +765,16 @@ def _apply(
 
     close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
     room = jnp.where(effect.walk, _get(scene.room_node, obj_room, -1), -1)
-    near = effect.walk & (_close_by(scene, view, row, node) | carried)
+    near = effect.walk & (_close_by(scene, view, row, node, rules) | carried)
     near |= effect.take & (origin >= 0) & (here == origin >> 2)
     hand = jnp.where(view.hands[0] < 0, Flag.HOLDS_RH.value, Flag.HOLDS_LH.value)
+    set_obj = effect.set_obj
+    if rules.open_walk:
+        set_obj = jnp.where(effect.walk & (scene.room[node] >= 0), 0, set_obj)
     flags = state.nodes & ~effect.clear_all.astype(jnp.uint32)
     flags &= ~bits(is_node, effect.clear_obj)
     flags &= ~bits(here == scene.character, effect.clear_character)
-    flags |= bits(is_node, effect.set_obj) | bits(near, close)
+    flags |= bits(is_node, set_obj) | bits(near, close)
     flags |= bits(is_node & effect.take, hand)
     flags |= bits(here == scene.character, effect.set_character)
     flags |= bits(is_other, effect.set_target)
@@ -718,20 +789,21 @@ def _apply(
     come_from = _get(scene.room_node, view.room, -1)
     inside = jnp.uint32(1 << _INSIDE)
     # What a step links: its arguments, or its first argument and the room; or, walking, what is
-    # carried and the room that the character comes from.
+    # carried and the room that the character comes from (see `Rules.carry_along`).
     put = bond != 0
     bond = jnp.where(to_character, 0, bond & ~row[other])
     bond = jnp.where(node == other, bond & 15, bond)
     into = effect.into_room & (come_from >= 0)
     into &= effect.take | ~_has(_get(row, come_from), 1 << _INSIDE)
     right, left = view.hands
-    walks = effect.walk & (come_from >= 0)
+    bring = room if rules.carry_along else come_from
+    walks = effect.walk & (bring >= 0)
     first = (
         jnp.where(walks, right, node),
-        jnp.where(put, other, come_from),
+        jnp.where(put, other, jnp.where(walks, bring, come_from)),
         jnp.where(put, bond, jnp.where(into | (walks & (right >= 0)), inside, 0)),
     )
-    second = (left, come_from, jnp.where(walks & (left >= 0) & (left != right), inside, 0))
+    second = (left, bring, jnp.where(walks & (left >= 0) & (left != right), inside, 0))
     gone = jnp.where(effect.walk, 0b1110, jnp.where(effect.take, 0b0111, 0)).astype(jnp.uint32)
     cut = jnp.where(effect.walk, view.hands, jnp.stack([node, jnp.int32(-1)]))
     added, overflow = _added(

@@ -71,6 +71,7 @@ def test_conformance_agrees_and_notices_a_difference(tmp_path, needs_robothow):
         ("conformance", ["--golden", "missing.jsonl"], "missing.jsonl"),
         ("collect", ["--tasks", "missing.txt"], "missing.txt: cannot read the task list"),
         ("replay", ["--robothow", "nowhere"], "nowhere: no RobotHow programs"),
+        ("eai", [], "no interpreter with eai-eval 1.0.5"),
         ("sft", ["--run", "{tmp}/new"], "no finished stage 'text'"),
     ],
 )
