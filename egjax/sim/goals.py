@@ -20,7 +20,10 @@ __all__ = ["GoalSizes", "Predicate", "encode_goal", "goal_predicates", "satisfie
 
 
 class Predicate(NamedTuple):
-    """A goal fact by class: a relation (`other` given) or an object state (`other` None)."""
+    """A goal fact: a relation (`other` given) or an object state (`other` None).
+
+    An object is a class, any of which serves, or `class (id)`, this very one.
+    """
 
     relation: str
     subject: str
@@ -102,6 +105,7 @@ def encode_goal(
     by_class: dict[str, list[int]] = {}
     for index, node in enumerate(names.nodes):
         by_class.setdefault(node["class_name"], []).append(index)
+        by_class[f"{node['class_name']} ({node['id']})"] = [index]
     rows = [_encode_predicate(p, by_class, where) for p in predicates]
     total = sum(len(subjects) for subjects, _, _ in rows)
     sizes = sizes or GoalSizes(len(rows), total)

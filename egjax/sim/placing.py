@@ -47,6 +47,7 @@ __all__ = [
     "put",
     "read_sources",
     "settle",
+    "settled",
     "write_placed",
 ]
 
@@ -209,7 +210,7 @@ class Home:
 
     def __init__(self, graph: Mapping[str, Any], resources: Resources, where: str = "scene"):
         self.resources = resources
-        self.nodes: dict[int, dict[str, Any]] = {n["id"]: _settled(n) for n in graph["nodes"]}
+        self.nodes: dict[int, dict[str, Any]] = {n["id"]: settled(n) for n in graph["nodes"]}
         people = [i for i, n in self.nodes.items() if n["class_name"] == "character"]
         if len(people) != 1:
             raise EgjaxError(f"{len(people)} characters; exactly one is needed", where=where)
@@ -250,8 +251,9 @@ class Home:
         ]  # fmt: skip
 
 
-def _settled(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node whose possible states all have a value."""
+def settled(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a node in which every state that it can have has a value: closed (doors open), off,
+    plugged in, clean, where nothing is said."""
     states = {state.upper() for state in node["states"]}
     if node["class_name"] != "character":
         for default in _DEFAULTS:
@@ -468,7 +470,7 @@ def make(number: int, name: str, home: Home) -> dict[str, Any]:
         "properties": list(properties),
         "states": [],
     }
-    return _settled(node)
+    return settled(node)
 
 
 def placings(layout: Layout, i: int) -> list[tuple[str, int]]:
