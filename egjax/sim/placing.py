@@ -669,11 +669,12 @@ def load_placed(folder: str | Path, names: Sequence[str] | None = None) -> list[
     unknown = Resources({}, {}, {}, {})
     homes: dict[str, Home] = {}
     found: dict[str, Program] = {}
+    wanted = None if names is None else set(names)
     for number, text in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
             row = json.loads(text)
-            if names is not None and row["name"] not in names:
+            if wanted is not None and row["name"] not in wanted:
                 continue
             scene = row["scene"]
             if scene not in homes:

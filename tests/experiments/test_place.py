@@ -65,8 +65,8 @@ def test_programs_are_placed_counted_and_listed(data, capsys):
 
 
 def test_missing_files_are_told(data):
+    (data / "resources" / "properties_data.json").unlink()
     with pytest.raises(EgjaxError, match=r"properties_data\.json: no such resource file"):
-        (data / "resources" / "properties_data.json").unlink()
         place.main(config(data))
     with pytest.raises(EgjaxError, match="cannot read the programs"):
         place.main(config(data, programs=data / "none.tar"))
