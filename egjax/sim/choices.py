@@ -24,7 +24,7 @@ HELD = 4
 several things into one."""
 
 _ARITY = np.array([verb.arity for verb in VERBS])
-_PAIRS = np.flatnonzero(_ARITY == 2)
+_NONE, _ONE, _PAIRS = (np.flatnonzero(count == _ARITY) for count in range(3))
 _PAIR_ROW = np.maximum(np.cumsum(_ARITY == 2) - 1, 0)
 
 
@@ -57,25 +57,17 @@ def legal_choices(scene: Scene, state: State) -> Choices:
     nodes = jnp.arange(scene.ids.shape[0], dtype=jnp.int32)
 
     def row(verb: Array, obj: Array, target: Array) -> Array:
-        """Legality of one verb on rows of arguments; the facts do not depend on the verb."""
-        table = ActionTable(
-            verb=jnp.broadcast_to(verb, nodes.shape),
-            obj=jnp.broadcast_to(obj, nodes.shape),
-            target=jnp.broadcast_to(target, nodes.shape),
-            mask=jnp.ones(nodes.shape, bool),
-            objects=nodes,
-            obj_slot=jnp.broadcast_to(jnp.maximum(obj, 0), nodes.shape),
-            target_slot=jnp.broadcast_to(jnp.maximum(target, 0), nodes.shape),
-        )
+        """Legality of one verb on rows of arguments; facts about the nodes are computed once."""
+        verb, obj, target = jnp.broadcast_arrays(verb, obj, target)
+        slots = jnp.maximum(obj, 0), jnp.maximum(target, 0)
+        table = ActionTable(verb, obj, target, jnp.ones(obj.shape, bool), nodes, *slots)
         return legal(scene, state, table)
 
-    verbs = jnp.arange(len(VERBS), dtype=jnp.int32)
-    none = jnp.full(nodes.shape, -1, jnp.int32)
-    arity = jnp.asarray(_ARITY)
-    one = jax.vmap(lambda verb: row(verb, nodes, none))(verbs) & (arity == 1)[:, None]
-    # Padding has the traits of nothing: a verb without arguments asks for none.
-    alone = jax.vmap(lambda verb: row(verb, none, none))(verbs) & (arity == 0)[:, None]
-    objects = one | (alone & (nodes == 0))
+    none = jnp.full((1,), -1, jnp.int32)
+    one = jax.vmap(lambda verb: row(verb, nodes, none))(jnp.asarray(_ONE, jnp.int32))
+    alone = row(jnp.asarray(_NONE, jnp.int32), none, none)
+    objects = jnp.zeros((len(VERBS), nodes.shape[0]), bool)
+    objects = objects.at[_ONE].set(one).at[_NONE, 0].set(alone)
     is_held = (state.nodes & (Flag.HOLDS_RH | Flag.HOLDS_LH).value) != 0
     (held,) = jnp.nonzero(is_held, size=HELD, fill_value=-1)
     held = held.astype(jnp.int32)
