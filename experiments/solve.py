@@ -30,6 +30,7 @@ from egjax.search.mcts import SearchConfig
 from egjax.sim.authoring import load_scenario, parse_goals
 from egjax.sim.goals import satisfied
 from egjax.sim.household import home_graph
+from egjax.sim.placing import Resources
 from egjax.sim.replay import pad_actions, replay
 from egjax.sim.robothow import Program
 from egjax.sim.text import Line, bind, to_english
@@ -53,6 +54,8 @@ class Config:
     file's own goals where absent."""
     task: str = ""
     """A RobotHow task by name, in place of scene and goal."""
+    resources: Path | None = None
+    """Folder with VirtualHome's properties_data.json, for classes of a scene file."""
     robothow: Path | None = None
     """Folder in RobotHow's layout or of `experiments.place`; the installed data where absent."""
     goals: str = "core"
@@ -68,12 +71,13 @@ class Config:
     json: Annotated[bool, tyro.conf.arg(help="print plan and figures as JSON lines")] = False
 
 
-def own_task(scene: str, goals: Sequence[str]) -> HouseTask:
+def own_task(scene: str, goals: Sequence[str], resources: Path | None = None) -> HouseTask:
     """A task of a scene and goals of the user's own.
 
     Args:
         scene: scene file, graph file, or an embedded home.
         goals: goals as text; those of the scene file where absent.
+        resources: folder of VirtualHome's resources, for properties of further classes.
 
     Raises:
         EgjaxError: a scene or goal that is not understood.
@@ -81,7 +85,8 @@ def own_task(scene: str, goals: Sequence[str]) -> HouseTask:
     if scene in _HOMES:
         graph, own = home_graph(scene), ()
     else:
-        graph, own = load_scenario(scene)
+        known = Resources.load(resources).properties if resources else None
+        graph, own = load_scenario(scene, properties=known)
     predicates = parse_goals(list(goals or own), graph)
     text = "; ".join(map(str, predicates))
     name = f"{Path(scene).stem}: {text}"
@@ -134,7 +139,7 @@ def _task(config: Config) -> HouseTask:
         if not task.predicates:
             raise EgjaxError(f"{config.task} has no goal", remedy="try --goals e2wm")
         return task
-    return own_task(config.scene, config.goal)
+    return own_task(config.scene, config.goal, config.resources)
 
 
 def _without_needless(assignment: Assignment, lines: list[Line]) -> list[Line]:

@@ -110,6 +110,7 @@ def test_initial_states_are_those_that_the_program_needs(cottage):
     assert refused is None
     states = {n["id"]: set(n["states"]) for n in init["nodes"]}
     assert {"OFF", "PLUGGED_OUT"} <= states[1000]
+    assert found.tries == 1  # known before anything was refused
     cupboard = found.layout.script[-1].arguments[0][1]
     assert "OPEN" in states[cupboard]
     assert "CLOSED" not in states[cupboard]
