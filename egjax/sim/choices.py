@@ -13,8 +13,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from egjax.sim.rules import Rules
 from egjax.sim.vocab import VERBS, Flag
-from egjax.sim.world import legal
+from egjax.sim.world import REFERENCE, legal
 from egjax.types import ActionTable, Scene, State
 
 __all__ = ["HELD", "Choices", "contains", "draw", "legal_choices"]
@@ -46,12 +47,13 @@ class Choices:
     targets: Array
 
 
-def legal_choices(scene: Scene, state: State) -> Choices:
-    """The legal actions of a scene's state, by the reference's rules, as `egjax.sim.world.legal`
-    has them: FIND of something far away is legal where walking there is.
+def legal_choices(scene: Scene, state: State, rules: Rules = REFERENCE) -> Choices:
+    """The legal actions of a scene's state, as `egjax.sim.world.legal` has them: FIND of something
+    far away is legal where walking there is.
 
     Args:
         scene, state: one scene and state.
+        rules: rule set; its two-argument verbs must ask that the first be held.
     """
     scene, state = jax.tree.map(jnp.asarray, (scene, state))
     nodes = jnp.arange(scene.ids.shape[0], dtype=jnp.int32)
@@ -61,7 +63,7 @@ def legal_choices(scene: Scene, state: State) -> Choices:
         verb, obj, target = jnp.broadcast_arrays(verb, obj, target)
         slots = jnp.maximum(obj, 0), jnp.maximum(target, 0)
         table = ActionTable(verb, obj, target, jnp.ones(obj.shape, bool), nodes, *slots)
-        return legal(scene, state, table)
+        return legal(scene, state, table, rules)
 
     none = jnp.full((1,), -1, jnp.int32)
     one = jax.vmap(lambda verb: row(verb, nodes, none))(jnp.asarray(_ONE, jnp.int32))

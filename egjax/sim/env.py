@@ -41,8 +41,9 @@ from flax import struct
 from jax import Array
 
 from egjax.sim.goals import satisfied
+from egjax.sim.rules import Rules
 from egjax.sim.vocab import STATE_SHIFT, STATES, Trait
-from egjax.sim.world import legal, step
+from egjax.sim.world import REFERENCE, legal, step
 from egjax.types import State, Task
 
 __all__ = ["EnvState", "Household", "Observation", "observe"]
@@ -88,7 +89,7 @@ class Observation:
     time: Array
 
 
-def observe(state: EnvState, params: Task, max_steps: int) -> Observation:
+def observe(state: EnvState, params: Task, env: Household) -> Observation:
     """Flags, traits, goals and the action mask of one environment.
 
     Edges between two objects are left out: they are 4·N² bits, of which the task's goals say what
@@ -96,7 +97,7 @@ def observe(state: EnvState, params: Task, max_steps: int) -> Observation:
 
     Args:
         state, params: where an episode stands, and its task.
-        max_steps: length of an episode.
+        env: the environment, for the length of its episodes and its rules.
     """
     flags, props = state.state.nodes, params.scene.props
 
@@ -111,8 +112,8 @@ def observe(state: EnvState, params: Task, max_steps: int) -> Observation:
         nodes=nodes.astype(jnp.float32),
         room=(within | here).astype(jnp.float32),
         goals=jnp.stack([state.held, params.goal.mask], -1).astype(jnp.float32),
-        legal=legal(params.scene, state.state, params.actions),
-        time=(state.time / max_steps).astype(jnp.float32),
+        legal=legal(params.scene, state.state, params.actions, env.rules),
+        time=(state.time / env.max_steps).astype(jnp.float32),
     )
 
 
@@ -128,14 +129,16 @@ class Household:
         cost: of a step that brings none (negative).
         change: for each predicate that holds again, and its negative for each that holds no more.
         max_steps: an episode ends after so many steps, solved or not.
-        observe: `(EnvState, Task, max_steps) -> observation`, any pytree.
+        observe: `(EnvState, Task, Household) -> observation`, any pytree.
+        rules: rule set of the household.
     """
 
     gain: float = 2.0
     cost: float = -0.1
     change: float = 0.0
     max_steps: int = 64
-    observe: Callable[[EnvState, Task, int], Any] = observe
+    observe: Callable[[EnvState, Task, Household], Any] = observe
+    rules: Rules = REFERENCE
 
     def num_actions(self, params: Task) -> int:
         """Size of a task's action table."""
@@ -155,7 +158,7 @@ class Household:
         params = jax.tree.map(jnp.asarray, params)
         held = satisfied(params.scene, params.state, params.goal)
         state = EnvState(params.state, held, held, jnp.int32(0))
-        return self.observe(state, params, self.max_steps), state
+        return self.observe(state, params, self), state
 
     def step(
         self, key: Array, state: EnvState, action: Array, params: Task
@@ -178,7 +181,7 @@ class Household:
         after, reward, done, info = self._advance(state, action, params)
         _, fresh = self.reset(key, params)
         new = jax.tree.map(lambda a, b: jnp.where(done, a, b), fresh, after)
-        return self.observe(new, params, self.max_steps), new, reward, done, info
+        return self.observe(new, params, self), new, reward, done, info
 
     def step_env(
         self, key: Array, state: EnvState, action: Array, params: Task
@@ -187,7 +190,7 @@ class Household:
         del key
         params = jax.tree.map(jnp.asarray, params)
         after, reward, done, info = self._advance(state, action, params)
-        return self.observe(after, params, self.max_steps), after, reward, done, info
+        return self.observe(after, params, self), after, reward, done, info
 
     def _advance(
         self, state: EnvState, action: Array, params: Task
@@ -199,7 +202,7 @@ class Household:
             real = table.mask[at] & (action == at)
         else:
             chosen, real = (action[0], action[1], action[2]), jnp.bool_(True)
-        moved, code = step(params.scene, state.state, *chosen)
+        moved, code = step(params.scene, state.state, *chosen, self.rules)
         accepted = real & (code == 0)
         moved = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), moved, state.state)
         held = satisfied(params.scene, moved, params.goal)

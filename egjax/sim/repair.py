@@ -89,7 +89,7 @@ class Refusal(NamedTuple):
 
     Attributes:
         step: number of the refused step.
-        check: that failed; a trait of the first argument below 32.
+        check: that failed; a trait of the first argument below 32, -1 for too many new edges.
         flags: uint32[N]. `State.nodes` before it.
         grabbed: int16[N]. `State.grabbed` before it.
         names: of the scene.
@@ -304,7 +304,7 @@ def mend(layout: Layout, refusal: Refusal, rng: np.random.Generator) -> bool:
         return _carry(layout, obj, worn=check == _C.WORN, refusal=refusal)
     if check == _C.RESTING:
         return _rest(layout, line, refusal, rng)
-    if check == _C.TARGET_RECIPIENT or check < 32:
+    if check == _C.TARGET_RECIPIENT or 0 <= check < 32:
         return _remake(layout, target if check >= 32 else obj, None)
     return False
 

@@ -42,10 +42,10 @@ def task():
 TRACES = []
 
 
-def counted(state, params, max_steps):
+def counted(state, params, env):
     """The default observation; a trace of it is noted."""
     TRACES.append(1)
-    return observe(state, params, max_steps)
+    return observe(state, params, env)
 
 
 REWARDS = Rewards(change=0.25)
