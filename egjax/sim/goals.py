@@ -104,8 +104,8 @@ def encode_goal(
         raise EgjaxError("no goal predicate", where=where)
     by_class: dict[str, list[int]] = {}
     for index, node in enumerate(names.nodes):
-        by_class.setdefault(node["class_name"], []).append(index)
         by_class[f"{node['class_name']} ({node['id']})"] = [index]
+        by_class.setdefault(node["class_name"], []).append(index)
     rows = [_encode_predicate(p, by_class, where) for p in predicates]
     total = sum(len(subjects) for subjects, _, _ in rows)
     sizes = sizes or GoalSizes(len(rows), total)
