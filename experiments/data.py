@@ -17,6 +17,7 @@ from egjax.experience.prompts import plan_prompt
 from egjax.sim.goals import GoalSizes, Predicate, encode_goal, goal_predicates
 from egjax.sim.graph import encode, sizes_of
 from egjax.sim.household import home_programs
+from egjax.sim.placing import PLACED, load_placed
 from egjax.sim.robothow import Program, find_dataset, load_programs
 from experiments.common import note
 
@@ -37,20 +38,23 @@ SPLITS = ("train", "seen", "unseen")
 def dataset_name(robothow: Path | None) -> str:
     """Which data `programs` reads, in words for reports."""
     if robothow is not None:
-        return "RobotHow folder"
+        return "placed programs" if (robothow / PLACED).exists() else "RobotHow folder"
     return "RobotHow (virtualhome-eval)" if find_dataset() else "embedded household"
 
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path, names: tuple[str, ...] | None) -> tuple[Program, ...]:
+    if (folder / PLACED).exists():
+        return tuple(load_placed(folder, names))
     return tuple(load_programs(folder, names))
 
 
 def programs(robothow: Path | None, names: Sequence[str] | None = None) -> list[Program]:
-    """Programs of a folder in RobotHow's layout, else of the installed data, else embedded ones.
+    """Programs of the user's folder, else of the installed data, else embedded ones.
 
     Args:
-        robothow: the user's folder, None for what is installed.
+        robothow: the user's folder, in RobotHow's layout or as `experiments.place` writes it; None
+            for what is installed.
         names: programs to load, all where absent.
 
     Raises:

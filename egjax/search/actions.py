@@ -41,7 +41,7 @@ __all__ = ["GoalDeed", "GoalFact", "Grounded", "action_table", "encode_actions"]
 
 
 class GoalFact(Protocol):
-    """A goal predicate by class names, as `egjax.sim.goals.Predicate`."""
+    """A goal predicate by class names or `class (id)`, as `egjax.sim.goals.Predicate`."""
 
     @property
     def relation(self) -> str:
@@ -104,7 +104,9 @@ class _Home:
         self.allowed = sorted(self.nodes if told is None else self.nodes.keys() & set(told))
         self.by_class: dict[str, list[int]] = defaultdict(list)
         for number in sorted(self.nodes):
-            self.by_class[self.nodes[number]["class_name"]].append(number)
+            name = self.nodes[number]["class_name"]
+            self.by_class[name].append(number)
+            self.by_class[f"{name} ({number})"].append(number)  # a goal may mean this very one
         self.inside: dict[int, list[int]] = defaultdict(list)
         self.on_top: dict[int, list[int]] = defaultdict(list)
         self.beside: dict[int, set[int]] = defaultdict(set)
@@ -118,7 +120,7 @@ class _Home:
                 self.beside[a].add(b)
                 self.beside[b].add(a)
         self.rooms = {i for i, node in self.nodes.items() if node.get("category") == "Rooms"}
-        self.wanted = classes - {_CHARACTER}
+        self.wanted = {name.partition(" (")[0] for name in classes} - {_CHARACTER}
 
     def is_(self, number: int, *states: str) -> bool:
         """Whether a node has one of the states."""

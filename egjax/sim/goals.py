@@ -37,7 +37,10 @@ __all__ = [
 
 
 class Predicate(NamedTuple):
-    """A goal fact by class: a relation (`other` given) or an object state (`other` None)."""
+    """A goal fact: a relation (`other` given) or an object state (`other` None).
+
+    An object is a class, any of which serves, or `class (id)`, this very one.
+    """
 
     relation: str
     subject: str
@@ -145,6 +148,7 @@ def encode_goal(
         raise EgjaxError("no goal predicate", where=where)
     by_class: dict[str, list[int]] = {}
     for index, node in enumerate(names.nodes):
+        by_class[f"{node['class_name']} ({node['id']})"] = [index]
         by_class.setdefault(node["class_name"], []).append(index)
     rows = [
         _encode_predicate(p.relation, *_ends(p, by_class, names, where), where) for p in predicates

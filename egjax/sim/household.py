@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from egjax.sim.robothow import Program
 from egjax.sim.text import bind, parse_script
 from egjax.sim.world import step
 
-__all__ = ["home_graph", "home_programs"]
+__all__ = ["Thing", "assemble", "home_graph", "home_programs", "known_kinds"]
 
 _DATA = "household.toml"
 
@@ -29,24 +29,68 @@ def _data() -> dict[str, Any]:
     return tomllib.loads(resources.files("egjax.sim").joinpath(_DATA).read_text("utf-8"))
 
 
+def known_kinds() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Properties and initial states of the classes of the embedded homes."""
+    kinds = _data()["kinds"]
+    return {
+        k: (tuple(props.split()), tuple(states.split())) for k, (props, states) in kinds.items()
+    }
+
+
+class Thing(NamedTuple):
+    """An object of a room: its class, and ON or INSIDE which class before it, if any."""
+
+    name: str
+    relation: str | None = None
+    place: str | None = None
+
+
 def home_graph(home: str) -> dict[str, Any]:
     """The graph of an embedded home, `cottage` or `flat`; the character stands in the kitchen."""
-    data = _data()
-    if home not in data["homes"]:
-        raise EgjaxError(f"no home {home!r}", remedy="homes are " + ", ".join(data["homes"]))
-    plan = data["homes"][home]
+    homes = _data()["homes"]
+    if home not in homes:
+        raise EgjaxError(f"no home {home!r}", remedy="homes are " + ", ".join(homes))
+    rooms = {
+        room: [_thing(text) for text in things.split()]
+        for room, things in homes[home]["rooms"].items()
+    }
+    return assemble(rooms, homes[home]["doors"], known_kinds(), "kitchen")
+
+
+def _thing(text: str) -> Thing:
+    for sign, relation in ((">", "ON"), ("@", "INSIDE")):
+        name, mark, place = text.partition(sign)
+        if mark:
+            return Thing(name, relation, place)
+    return Thing(text)
+
+
+def assemble(
+    rooms: Mapping[str, Sequence[Thing]],
+    doors: Sequence[Sequence[str]],
+    kinds: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+    start: str,
+) -> dict[str, Any]:
+    """A graph of rooms and what is in them.
+
+    Args:
+        rooms: things of each room; a place names the first of its class before, in the same room.
+        doors: pairs of rooms.
+        kinds: properties and initial states of classes; others have none.
+        start: the room in which the character stands.
+    """
     nodes: list[dict[str, Any]] = []
     edges: list[dict[str, Any]] = []
 
     def node(kind: str, category: str) -> int:
-        props, states = data["kinds"].get(kind, ("", ""))
+        properties, states = kinds.get(kind, ((), ()))
         nodes.append(
             {
                 "id": len(nodes) + 1,
                 "class_name": kind,
                 "category": category,
-                "properties": props.split(),
-                "states": states.split(),
+                "properties": list(properties),
+                "states": list(states),
             }
         )
         return len(nodes)
@@ -54,25 +98,23 @@ def home_graph(home: str) -> dict[str, Any]:
     def edge(a: int, relation: str, b: int) -> None:
         edges.append({"from_id": a, "relation_type": relation, "to_id": b})
 
-    rooms = {room: node(room, "Rooms") for room in plan["rooms"]}
-    for room, things in plan["rooms"].items():
+    numbers = {room: node(room, "Rooms") for room in rooms}
+    for room, things in rooms.items():
         here: dict[str, int] = {}
-        for thing in things.split():
-            mark = next((sign for sign in ">@" if sign in thing), "")
-            name, _, place = thing.partition(mark) if mark else (thing, "", "")
-            new = node(name, "Objects")
-            edge(new, "INSIDE", rooms[room])
-            if mark:
-                edge(new, "ON" if mark == ">" else "INSIDE", here[place])
-                edge(new, "CLOSE", here[place])
-                edge(here[place], "CLOSE", new)
-            here.setdefault(name, new)
-    for first, second in plan["doors"]:
+        for thing in things:
+            new = node(thing.name, "Objects")
+            edge(new, "INSIDE", numbers[room])
+            if thing.relation and thing.place:
+                edge(new, thing.relation, here[thing.place])
+                edge(new, "CLOSE", here[thing.place])
+                edge(here[thing.place], "CLOSE", new)
+            here.setdefault(thing.name, new)
+    for first, second in doors:
         door = node("door", "Doors")
-        edge(door, "INSIDE", rooms[first])
-        edge(door, "BETWEEN", rooms[first])
-        edge(door, "BETWEEN", rooms[second])
-    edge(node("character", "Characters"), "INSIDE", rooms["kitchen"])
+        edge(door, "INSIDE", numbers[first])
+        edge(door, "BETWEEN", numbers[first])
+        edge(door, "BETWEEN", numbers[second])
+    edge(node("character", "Characters"), "INSIDE", numbers[start])
     return {"nodes": nodes, "edges": edges}
 
 

@@ -29,6 +29,7 @@ from egjax.types import Scene, State
 
 __all__ = [
     "Disagreement",
+    "changes",
     "compare_episode",
     "explain",
     "final_graph",
@@ -197,7 +198,7 @@ def compare_episode(
             ours = explain(scene, before, names, actions[i], int(codes[i]), rules)
         else:
             new_bits = edge_bits(scene, after)
-            ours = _changes(scene, before, after, bits, new_bits)
+            ours = changes(scene, before, after, bits, new_bits)
             before, bits = after, new_bits
         theirs = _recorded(record) if record["ok"] else record["message"]
         differs = None
@@ -207,10 +208,16 @@ def compare_episode(
         yield line.verb, record["ok"], differs
 
 
-def _changes(
+def changes(
     scene: Scene, before: State, after: State, old: np.ndarray, new: np.ndarray
-) -> tuple[object, object, object]:
-    """States of changed nodes, added and removed edges, with graph ids."""
+) -> tuple[dict[int, list[str]], set[Edge], set[Edge]]:
+    """New states of changed nodes, added and removed edges between two states, with graph ids.
+
+    Args:
+        scene: of both.
+        before, after: states.
+        old, new: their `egjax.sim.graph.edge_bits`.
+    """
     ids = np.asarray(scene.ids)
     difference = old ^ new
     edges: tuple[set[Edge], set[Edge]] = (set(), set())

@@ -1,0 +1,200 @@
+"""Do these plans work? Anybody's plans, executed in the simulator.
+
+    python -m experiments.score --plans FILE.jsonl [--robothow FOLDER] [--out VERDICTS.jsonl]
+
+A row of FILE has `plan`: English ("Walk to kitchen. Grab cup.") or RobotHow script lines
+("[WALK] <kitchen> (11)"), as text or a list; and either `task`, the name of a RobotHow task, or
+`scene` with `goals` as `experiments.solve` takes them. Further fields are kept in the verdicts;
+rows of one `model` are summed up together. A plan ends at its first refusal and succeeds if every
+step is accepted and every goal holds at the end. Intervals: 95 % bootstrap over tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from egjax.errors import EgjaxError
+from egjax.evals.intervals import Figure, measure
+from egjax.evals.manifest import write_atomic
+from egjax.evals.plans import Plan, Verdict, judge
+from egjax.evals.results import PlanStep
+from egjax.sim.text import Line, parse_line
+from egjax.train.progress import progress
+from experiments.common import emit, run_main
+from experiments.data import HouseTask, assignments, make_task, programs
+from experiments.solve import own_task
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which plans, and on what."""
+
+    plans: Path
+    """JSON lines: task, or scene and goals; plan."""
+    robothow: Path | None = None
+    """Folder in RobotHow's layout or of `experiments.place`; the installed data where absent."""
+    goals: str = "core"
+    """Goal set of named tasks: `core` (without CLOSE) or `e2wm` (with it)."""
+    out: Path | None = None
+    """Where the verdicts go, as JSON lines."""
+    seed: int = 0
+    """Of the intervals."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+def main(config: Config) -> None:
+    rows = _read(config.plans)
+    names = list(dict.fromkeys(row["task"] for row in rows.values() if row.get("task")))
+    known = {}
+    if names:
+        known = {p.name: make_task(p, config.goals, "") for p in programs(config.robothow, names)}
+    tasks = [_task(row, known, where=f"{config.plans}:{at}") for at, row in rows.items()]
+    verdicts = _judged(tasks, list(rows.values()), config.plans)
+    records = [
+        {**row, **_record(verdict)} for row, verdict in zip(rows.values(), verdicts, strict=True)
+    ]
+    if config.out is not None:
+        write_atomic(config.out, "".join(json.dumps(record) + "\n" for record in records))
+    if not config.json:
+        for record, task in zip(records, tasks, strict=True):
+            print(f"{task.name:<40} {_told(record)}")
+    emit(*_figures(records, tasks, config.seed), json=config.json)
+
+
+def _read(path: Path) -> dict[int, Row]:
+    """Rows by line number."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EgjaxError("cannot read the plans", where=str(path), remedy=str(error)) from None
+    rows: dict[int, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EgjaxError("not JSON", where=where, remedy=error.msg) from None
+        if not isinstance(row, dict) or not isinstance(row.get("plan"), str | list):
+            raise EgjaxError("no plan", where=where, remedy='{"task": NAME, "plan": TEXT}')
+        if bool(row.get("task")) == bool(row.get("scene")):
+            raise EgjaxError("either 'task', or 'scene' and 'goals'", where=where)
+        rows[number] = row
+    if not rows:
+        raise EgjaxError("no plans", where=str(path), remedy='{"task": NAME, "plan": TEXT} a line')
+    return rows
+
+
+def _task(row: Row, known: dict[str, HouseTask], *, where: str) -> HouseTask:
+    """The task of a row; equal scenes and goals are one task."""
+    if row.get("task"):
+        task = known[row["task"]]
+        if not task.predicates:
+            raise EgjaxError(f"{task.name} has no goal", where=where, remedy="try --goals e2wm")
+        return task
+    goals = row.get("goals", ())
+    goals = (goals,) if isinstance(goals, str) else tuple(goals)
+    key = json.dumps([str(row["scene"]), *goals])
+    if key not in known:
+        try:
+            known[key] = own_task(str(row["scene"]), goals)
+        except EgjaxError as error:
+            raise EgjaxError(str(error), where=where) from None
+    return known[key]
+
+
+def _judged(tasks: Sequence[HouseTask], rows: Sequence[Row], path: Path) -> list[Verdict]:
+    """One verdict a row."""
+    distinct = list({id(task): task for task in tasks}.values())
+    by_task = dict(zip(map(id, distinct), assignments(distinct), strict=True))
+    plans = [_plan(row["plan"]) for row in rows]
+    with progress(path.name, len(rows)) as update:
+        found = judge(
+            [by_task[id(task)] for task in tasks],
+            [plan for plan, _ in plans],
+            progress=lambda done: update(done, ""),
+        )
+    return [_ended(verdict, bad) for verdict, (_, bad) in zip(found, plans, strict=True)]
+
+
+def _plan(plan: str | Sequence[str]) -> tuple[Plan, PlanStep | None]:
+    """A plan as the judge takes it; of a script the lines before one that cannot be read, and
+    that one."""
+    text = plan if isinstance(plan, str) else "\n".join(map(str, plan))
+    if not text.lstrip().startswith("["):
+        return text, None
+    lines: list[Line] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        try:
+            lines.append(parse_line(line))
+        except EgjaxError as error:
+            return lines, PlanStep(line, False, error.what)
+    return lines, None
+
+
+def _ended(verdict: Verdict, bad: PlanStep | None) -> Verdict:
+    """A verdict with the script line that cannot be read as its last step."""
+    if bad is None:
+        return verdict
+    if verdict.refusal is not None:
+        bad = PlanStep(bad.text, False)  # the plan ended before it
+    return dataclasses.replace(
+        verdict, steps=(*verdict.steps, bad), parsed=False, length=verdict.length + 1
+    )
+
+
+def _record(verdict: Verdict) -> dict[str, Any]:
+    refusal = verdict.refusal
+    return {
+        "success": verdict.solved,
+        "executable": verdict.executable,
+        "parsed": verdict.parsed,
+        "goals_held": verdict.satisfied,
+        "goals_total": verdict.goals,
+        "refused_step": None if refusal is None else refusal[0] + 1,
+        "reason": None if refusal is None else refusal[1],
+        "steps": [
+            {"text": s.text, "accepted": s.accepted, "reason": s.reason} for s in verdict.steps
+        ],
+    }
+
+
+def _told(record: Row) -> str:
+    """A verdict in a line."""
+    if record["success"]:
+        return "success"
+    goals = f"{record['goals_held']} of {record['goals_total']} goals hold"
+    if record["refused_step"] is None:
+        return f"{'executable, ' if record['executable'] else 'no step, '}{goals}"
+    return f"step {record['refused_step']} refused: {record['reason']}; {goals}"
+
+
+def _figures(records: Sequence[Row], tasks: Sequence[HouseTask], seed: int) -> list[Figure]:
+    """Shares over all plans, and of each model where rows name one."""
+    figures = []
+    models = list(dict.fromkeys(r["model"] for r in records if r.get("model")))
+    for model in (None, *(models if len(models) > 1 else ())):
+        chosen = [k for k, r in enumerate(records) if model is None or r.get("model") == model]
+        clusters = [id(tasks[k]) for k in chosen]
+        for name in ("success", "executable", "parsed"):
+            values = [float(records[k][name]) for k in chosen]
+            label = name if model is None else f"{name}/{model}"
+            figures.append(measure(label, values, "fraction", seed=seed, clusters=clusters))
+        shares = [records[k]["goals_held"] / records[k]["goals_total"] for k in chosen]
+        label = "goals_held" if model is None else f"goals_held/{model}"
+        figures.append(measure(label, shares, "fraction", seed=seed, clusters=clusters))
+    return figures
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

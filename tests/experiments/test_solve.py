@@ -1,0 +1,101 @@
+"""One's own scene, goals and plans through the scripts that take them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from egjax.errors import EgjaxError
+from egjax.search.mcts import SearchConfig
+from experiments import score, solve
+
+SCENE = """
+rooms:
+  kitchen: [table, cup on table, cup, fridge]
+  bedroom: [bed, book on bed]
+goals:
+  - ON(book, bed)
+  - OPEN(fridge)
+"""
+SMALL = SearchConfig(simulations=32, rollouts=2, rollout_steps=8, max_depth=8)
+
+
+@pytest.fixture
+def home(tmp_path):
+    path = tmp_path / "home.yaml"
+    path.write_text(SCENE)
+    return str(path)
+
+
+def rows(text: str) -> dict[str, dict]:
+    return {row["name"]: row for row in map(json.loads, text.splitlines())}
+
+
+def test_solve_prints_a_plan_that_the_simulator_accepts(home, capsys):
+    config = solve.Config(scene=home, goal=("ON(cup (5), table)",), search=SMALL, json=True)
+    assert solve.main(config) == 0
+    plan = rows(capsys.readouterr().out)["plan"]
+    assert plan["plan"].endswith("Put cup on table.")
+    assert all(step["accepted"] for step in plan["steps"])
+    assert plan["steps"][-1]["script"] == "[PUTBACK] <cup> (5) <table> (3)"
+    assert plan["goals"] == [{"goal": "ON(cup (5), table)", "holds": True}]
+    # For people; and what holds already needs no step.
+    assert solve.main(dataclasses.replace(config, json=False)) == 0
+    said = capsys.readouterr().out
+    assert "[PUTBACK] <cup> (5) <table> (3)" in said
+    assert "accepted" in said
+    assert solve.main(solve.Config(scene=home, goal=("ON(book, bed)",))) == 0
+    assert "plan_length" in capsys.readouterr().out
+
+
+def test_solve_says_what_cannot_be_done(home):
+    with pytest.raises(EgjaxError, match="no action can bring that about"):
+        solve.main(solve.Config(scene=home, goal=("DIRTY(cup)",)))
+    with pytest.raises(EgjaxError, match="either a scene or a task"):
+        solve.main(solve.Config())
+
+
+def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
+    goals = {"scene": home, "goals": ["OPEN(fridge)"]}
+    plans = [
+        {**goals, "plan": "Walk to fridge. Open fridge.", "note": "kept"},
+        {**goals, "plan": ["[WALK] <fridge> (6)", "[OPEN] <fridge> (6)"]},
+        {**goals, "plan": "Open fridge."},
+        {**goals, "plan": "[WALK] <fridge> (6)\n[WINK] <fridge> (6)"},
+        {"scene": home, "plan": "Walk to fridge. Open fridge.", "model": "m"},
+        {**goals, "plan": "Sing."},
+    ]
+    path, out = tmp_path / "plans.jsonl", tmp_path / "verdicts.jsonl"
+    path.write_text("\n".join(map(json.dumps, plans)))
+    score.main(score.Config(path, out=out, json=True))
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["success"] for row in found] == [True, True, False, False, True, False]
+    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1]
+    assert [row["parsed"] for row in found] == [True, True, True, False, True, False]
+    assert found[2]["reason"] == "the character is not close to the fridge"
+    assert found[3]["reason"] == "unknown verb 'WINK'"
+    assert found[0]["note"] == "kept"
+    assert (found[4]["goals_held"], found[4]["goals_total"]) == (2, 2)
+    figure = rows(capsys.readouterr().out)["success"]
+    assert (figure["value"], figure["n"]) == (0.5, 6)
+    assert figure["low"] < 0.5 < figure["high"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"task": "x"}', "plans.jsonl:1: no plan"),
+        ('{"plan": "Sing."}', "either 'task', or 'scene' and 'goals'"),
+        ("{", "plans.jsonl:1: not JSON"),
+        ("", "no plans"),
+        ('{"scene": "cottage", "goals": ["OPEN(fride)"], "plan": "x"}', "did you mean fridge"),
+    ],
+)
+def test_bad_plan_files_are_told(tmp_path, row, message):
+    path = tmp_path / "plans.jsonl"
+    path.write_text(row)
+    with pytest.raises(EgjaxError) as error:
+        score.main(score.Config(path))
+    assert message in str(error.value)

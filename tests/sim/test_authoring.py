@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from egjax.errors import EgjaxError
+from egjax.search.actions import action_table
+from egjax.sim.authoring import load_scenario, parse_goal, parse_goals
+from egjax.sim.goals import Predicate, encode_goal, satisfied
+from egjax.sim.graph import encode
+from egjax.sim.household import home_graph
+from egjax.sim.text import bind, parse_script
+from egjax.sim.world import step
+
+SCENE = """
+rooms:
+  kitchen: [table, fridge, cup on table, cup, milk in fridge, gadget]
+  bedroom: [bed, book on bed]
+  hall: []
+doors: [[kitchen, hall], [hall, bedroom]]
+character: hall
+kinds: {gadget: {properties: [HAS_SWITCH, GRABBABLE], states: [OFF]}}
+states: {fridge: [OPEN], gadget: ON}
+goals:
+  - ON(book, table)
+"""
+
+
+@pytest.fixture
+def scene(tmp_path):
+    path = tmp_path / "home.yaml"
+    path.write_text(SCENE)
+    return load_scenario(path)
+
+
+def test_a_scene_file_becomes_a_graph(scene):
+    graph = scene.graph
+    assert scene.goals == ("ON(book, table)",)
+    classes = {n["id"]: n["class_name"] for n in graph["nodes"]}
+    nodes = {n["class_name"]: n for n in graph["nodes"]}
+    facts = {
+        (classes[e["from_id"]], e["relation_type"], classes[e["to_id"]]) for e in graph["edges"]
+    }
+    assert ("cup", "ON", "table") in facts
+    assert ("milk", "INSIDE", "fridge") in facts
+    assert ("milk", "INSIDE", "kitchen") in facts
+    assert ("character", "INSIDE", "hall") in facts
+    assert sorted(classes.values()).count("cup") == 2
+    assert {"OPEN", "PLUGGED_IN", "CLEAN"} == set(nodes["fridge"]["states"])
+    assert "ON" in nodes["gadget"]["states"]  # which YAML reads as true
+    assert "OFF" not in nodes["gadget"]["states"]
+    between = [classes[e["to_id"]] for e in graph["edges"] if e["relation_type"] == "BETWEEN"]
+    assert between == ["kitchen", "hall", "hall", "bedroom"]
+    world, state, names = encode(graph)
+    for line in parse_script("[WALK] <book> (11)\n[GRAB] <book> (11)"):
+        state, code = jax.jit(step)(world, state, *map(np.int32, bind(world, state, names, line)))
+        assert int(code) == 0
+
+
+def test_json_and_graph_files_are_scenes(tmp_path, scene):
+    short, whole = tmp_path / "short.json", tmp_path / "whole.json"
+    short.write_text(json.dumps({"rooms": {"kitchen": ["table", "cup on table"]}}))
+    assert [n["class_name"] for n in load_scenario(short).graph["nodes"]] == [
+        "kitchen", "table", "cup", "character",
+    ]  # fmt: skip
+    whole.write_text(json.dumps({**scene.graph, "goals": ["OPEN(fridge)"]}))
+    assert load_scenario(whole).graph["edges"] == scene.graph["edges"]
+    assert load_scenario(whole).goals == ("OPEN(fridge)",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rooms: {kitchen: [tabel]}", "nothing is known about 'tabel' (did you mean table"),
+        ("rooms: {kitchen: [cup on table]}", "no 'table' before 'cup'"),
+        ("rooms: {kitchen: [cup under table]}", "not a thing: 'cup under table'"),
+        ("room: {kitchen: [cup]}", "unknown key 'room' (did you mean rooms)"),
+        ("rooms: {kitchen: [cup]}\ndoors: [[kitchen, hal]]", "no room 'hal'"),
+        ("rooms: {a: [x]}\nkinds: {x: [GRABABLE]}", "unknown 'GRABABLE' (did you mean GRABBABLE"),
+        ("rooms: {a: [cup]}\nstates: {cup: [OPENED]}", "unknown 'OPENED' (did you mean OPEN"),
+        ("rooms: {a: [cup]}\nstates: {mug: [OPEN]}", "no 'mug' to set"),
+        ("rooms: [", "home.yaml:1: not YAML"),
+        ("- 1", "not a scene"),
+        ("goals: [x]", "no rooms"),
+    ],
+)
+def test_a_bad_scene_says_what_is_nearest(tmp_path, text, message):
+    path = tmp_path / "home.yaml"
+    path.write_text(text)
+    with pytest.raises(EgjaxError) as error:
+        load_scenario(path)
+    assert message in str(error.value)
+
+
+def test_goals_are_read(scene):
+    graph = scene.graph
+    assert parse_goal("ON(cup, table)", graph) == Predicate("ON", "cup", "table")
+    assert parse_goal("on( Cup (6) ,table)", graph) == Predicate("ON", "cup (6)", "table")
+    assert parse_goal("ON(cup.7, 4)", graph) == Predicate("ON", "cup (7)", "table (4)")
+    assert parse_goal("ON(gadget)", graph) == Predicate("ON", "gadget")  # the state, not the place
+    holds = parse_goal("HOLDS_RH(character, milk)", graph)
+    assert holds == Predicate("HOLDS_RH", "character", "milk")
+    both = parse_goals(["OPEN(fridge); CLEAN(cup)", "OPEN(fridge)"], graph)
+    assert [str(p) for p in both] == ["OPEN(fridge)", "CLEAN(cup)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ON(cups, table)", "the scene has no 'cups' (did you mean cup)"),
+        ("ONTO(cup, table)", "unknown relation or state 'ONTO' (did you mean ON"),
+        ("OPENED(fridge)", "unknown relation or state 'OPENED' (did you mean OPEN"),
+        ("OPEN(fridge, table)", "OPEN takes one object, not 2"),
+        ("INSIDE(cup)", "INSIDE takes two objects, not 1"),
+        ("ON(cup (4), table)", "no cup (4) (cup are 6, 7)"),
+        ("HOLDS_RH(table, milk)", "only the character holds things"),
+        ("cup on table", "not a goal: 'cup on table'"),
+        ("", "no goal"),
+    ],
+)
+def test_a_bad_goal_says_what_is_nearest(scene, text, message):
+    with pytest.raises(EgjaxError) as error:
+        parse_goals([text], scene.graph)
+    assert message in str(error.value)
+
+
+def test_this_cup_is_not_any_cup(scene):
+    """Cup 6 stands on the table, cup 7 does not."""
+    world, state, names = encode(scene.graph)
+    nodes = len(world.ids)
+
+    def holds(text: str) -> bool:
+        goal = encode_goal(parse_goals([text], scene.graph), names, nodes=nodes)
+        return bool(np.all(satisfied(world, state, goal)))
+
+    assert holds("ON(cup, table)")
+    assert holds("ON(cup (6), table (4))")
+    assert not holds("ON(cup (7), table)")
+    assert holds("OPEN(fridge (5))")
+    table = action_table(scene.graph, [parse_goal("ON(cup (7), table)", scene.graph)])
+    assert {a.obj for a in table if a.verb == "GRAB"} == {7}
+    either = action_table(scene.graph, [parse_goal("ON(cup, table)", scene.graph)])
+    assert {a.obj for a in either if a.verb == "GRAB"} == {6, 7}
+
+
+def test_embedded_homes_stay_as_they_were():
+    graph = home_graph("cottage")
+    assert len(graph["nodes"]) == 41
+    assert [n["class_name"] for n in graph["nodes"][:4]] == [
+        "kitchen", "living_room", "bedroom", "floor",
+    ]  # fmt: skip
+    last = graph["nodes"][-1]
+    assert (last["id"], last["class_name"], last["category"]) == (41, "character", "Characters")
