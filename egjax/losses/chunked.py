@@ -9,9 +9,10 @@ hand, and with these their losses and gradients. With M models, width D and a vo
 - `chunked_token_losses` gives one value a token, for losses that need all of a sequence before
   they know how much a token counts (preferences). Its backward pass forms the logits anew: 2M + 2.
 
-Both keep 4·n·V bytes per array of logits (one for `Targets`, two for a `Head`, three for a `Ratio`)
-and read each unembedding N/n times. The unembedding's gradient is summed in float32 in place, in
-blocks of columns, and rounded to the matrix' type once; the student's logits are never rounded.
+Both keep 4·n·V bytes per array of logits: one for `Targets`, two for a `Head` or a `Ratio`, three
+if its ratio is clipped. Each chunk reads every unembedding once going forward, the student's once
+more going backward, and its gradient is read and written, summed in float32 in place. That gradient
+is rounded to the matrix' type once; logits are never rounded.
 
 A loss is named by its terms (`egjax.losses.distill`) and a teacher: the negative log-likelihood
 is the forward KL to `Targets`, whose probability is all on one token.
