@@ -125,6 +125,11 @@ def test_dpo_positive_punishes_displacement():
     held = losses.dpo_positive(-10.0, -13.0, -10.0, -12.0, penalty=5.0)[0]
     fallen = losses.dpo_positive(-12.0, -15.0, -10.0, -12.0, penalty=5.0)[0]
     assert fallen > held
+    np.testing.assert_allclose(fallen, softplus(-0.3 * (1 - 5 * 2.0)), rtol=1e-5)
+    grads = jax.grad(
+        lambda c, r: losses.dpo_positive(c, r, -10.0, -12.0, penalty=5.0)[0], argnums=(0, 1)
+    )(-12.0, -15.0)
+    assert grads[0] < 0 < grads[1]
     np.testing.assert_allclose(held, losses.dpo(-10.0, -13.0, -10.0, -12.0, beta=0.3)[0])
 
 

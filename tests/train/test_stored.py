@@ -144,7 +144,7 @@ def test_stored_teachers_serve_chunked_losses(tmp_path):
         Head(jax.random.normal(a, (ROWS, 4, 6)), jax.random.normal(b, (6, 30)))
         for a, b in zip(keys[:4], keys[4:])
     ]
-    student, teacher = heads[0], Ratio(*heads[1:], plausible=0.01)
+    student, teacher = heads[0], Ratio(heads[1], heads[2], heads[3], plausible=0.01)
     mask, weights = jnp.arange(30) < 27, jnp.ones((ROWS, 4))
     exact = losses.chunked_loss(student, teacher, weights, vocab_mask=mask, temperature=1.5)[0]
 

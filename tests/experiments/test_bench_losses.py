@@ -1,0 +1,55 @@
+"""The benchmark of losses, small: every row, and what holds at any size."""
+
+import dataclasses
+import json
+
+import pytest
+
+from egjax.errors import EgjaxError
+from experiments.bench_losses import Config, main
+
+SMALL = Config(
+    losses=("sft", "dpo", "reverse_kl_ratio_clipped"),
+    tokens=256,
+    width=16,
+    vocabulary=600,
+    chunk=8,
+    repeats=1,
+    json=True,
+)
+
+
+def test_rows_of_both_forms(capsys):
+    main(SMALL)
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    for name in SMALL.losses:
+        assert rows[f"loss_gradient_error/{name}"]["value"] < 1e-5
+        for kind in ("loss_time", "loss_temp_memory"):
+            row = rows[f"{kind}/{name}"]
+            assert row["peer"] == "naive"
+            assert row["ratio"] == pytest.approx(row["value"] / row["peer_value"])
+        assert rows[f"loss_temp_memory/{name}"]["ratio"] < 1
+
+
+def test_full_size_memory_is_a_twentieth_at_most_without_running(capsys):
+    names = ("sft", "reverse_kl", "jsd", "reverse_kl_ratio_clipped")
+    main(Config(losses=names, memory_only=True, json=True))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == [f"loss_temp_memory/{name}" for name in names]
+    assert max(row["ratio"] for row in rows) <= 1 / 20
+
+
+def test_bfloat16_takes_one_float32_sum_of_the_gradient_and_no_float32_weights(capsys):
+    main(
+        Config(losses=("reverse_kl_ratio_clipped",), dtype="bfloat16", memory_only=True, json=True)
+    )
+    row = json.loads(capsys.readouterr().out)
+    gradient = 2048 * 128_256 * 4 / 2**20
+    assert row["value"] - gradient <= row["peer_value"] / 20
+
+
+def test_bad_options_are_told():
+    with pytest.raises(EgjaxError, match="no loss named cross_entropy"):
+        main(dataclasses.replace(SMALL, losses=("cross_entropy",)))
+    with pytest.raises(EgjaxError, match="100 tokens"):
+        main(dataclasses.replace(SMALL, tokens=100))
