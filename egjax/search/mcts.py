@@ -45,8 +45,11 @@ __all__ = [
     "Search",
     "SearchConfig",
     "World",
+    "Leaf",
     "advance",
     "begin",
+    "fingerprint",
+    "make_leaf",
     "pick",
     "plant",
     "resume",
@@ -215,7 +218,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def _fingerprint(embedding: Embedding) -> Array:
+def fingerprint(embedding: Embedding) -> Array:
     """Two independent 32-bit hashes of all leaves; one item. Returns uint32[2]."""
     total = jnp.zeros((2,), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(embedding)):
@@ -290,7 +293,7 @@ def begin(
         open=root_row(legal),
         end=jnp.zeros((batch, nodes), jnp.int8),
         depth=root_row(jnp.zeros((batch,), jnp.int32), jnp.iinfo(jnp.int32).max),
-        prints=root_row(jax.vmap(_fingerprint)(embedding)),
+        prints=root_row(jax.vmap(fingerprint)(embedding)),
         simulation=jnp.zeros((), jnp.int32),
         turn=jnp.zeros((), jnp.int32),
         used=jnp.zeros((batch,), jnp.int32),
@@ -374,7 +377,7 @@ def pick(weights: Array, draw: Array) -> Array:
     return jnp.argmax(upto > draw * upto[-1]).astype(jnp.int32)
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """What a new node is; of one item or [B, ...].
 
     Attributes:
@@ -397,7 +400,7 @@ def _rollout(
     embedding: Embedding,
     action: Array,
     key: Array,
-) -> tuple[_Leaf, Array, Array, Array, Array]:
+) -> tuple[Leaf, Array, Array, Array, Array]:
     """Makes a leaf and plays one random rollout from it.
 
     The tree's own step to the leaf is the first of the loop's, so that the world's functions are
@@ -423,7 +426,7 @@ def _rollout(
         # What happens after the end is computed and ignored: cheaper than choosing between states.
         counted = ~done & (time > 0)
         total += jnp.where(counted, config.discount ** (time - 1.0) * reward, 0.0)
-        new = _Leaf(embedding, legal, reward, ended)
+        new = Leaf(embedding, legal, reward, ended)
         leaf = jax.tree.map(lambda new, old: jnp.where(time == 0, new, old), new, leaf)
         taken = jnp.where(done, -1, action).astype(jnp.int16)
         action = pick(world.weights(params, embedding, legal), draw)
@@ -433,7 +436,7 @@ def _rollout(
     steps, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     total = jnp.zeros((), jnp.float32)
     shapes = jax.eval_shape(world.legal, params, embedding)
-    leaf = _Leaf(embedding, jnp.zeros(shapes.shape, bool), total, no)
+    leaf = Leaf(embedding, jnp.zeros(shapes.shape, bool), total, no)
     carry = embedding, action, no, steps, total, no, leaf
     times = jnp.arange(config.rollout_steps + 1)
     draws = jax.random.uniform(key, times.shape)
@@ -443,17 +446,26 @@ def _rollout(
 
 def _step(
     world: World, params: Params, embedding: Embedding, action: Array
-) -> tuple[_Leaf, Array, Array, Array, Array]:
+) -> tuple[Leaf, Array, Array, Array, Array]:
     """Makes a leaf and plays no rollout; arguments and results as those of `_rollout`, T = 0."""
     embedding, reward, solved, dead = world.step(params, embedding, action)
     legal = world.legal(params, embedding)
-    leaf = _Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal))
+    leaf = Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal))
     none = jnp.zeros((), jnp.int32)
     return leaf, jnp.zeros((0,), jnp.int16), none, solved, jnp.zeros((), jnp.float32)
 
 
+def make_leaf(
+    world: World, config: SearchConfig, params: Params, embedding: Embedding, action: Array
+) -> tuple[Leaf, Array, Array]:
+    """What one action leads to: the node, its end as in `Search`, its prior logits; one item."""
+    leaf, _, _, solved, _ = _step(world, params, embedding, action)
+    logits = _logits(world, config, params, leaf.embedding, leaf.legal)
+    return leaf, jnp.where(solved, 2, leaf.ended).astype(jnp.int8), logits
+
+
 def _expand(
-    config: SearchConfig, state: Search, path: _Path, leaf: _Leaf, logits: Array, solved: Array
+    config: SearchConfig, state: Search, path: _Path, leaf: Leaf, logits: Array, solved: Array
 ) -> tuple[Search, _Path, Array]:
     """Writes node `simulation + 1` of every tree; an exhausted tree gets an unlinked one.
 
@@ -470,7 +482,7 @@ def _expand(
     new = state.simulation + 1
     live = path.edges > 0
     parent, action = _last_edge(path)
-    prints = jax.vmap(_fingerprint)(leaf.embedding)
+    prints = jax.vmap(fingerprint)(leaf.embedding)
     seen = jnp.all(state.prints == prints[:, None], axis=-1)
     repeated = jnp.any(seen & (state.depth <= path.edges[:, None]), axis=-1)
     closed = live & (leaf.ended | repeated | (path.edges >= config.max_depth))
@@ -555,7 +567,7 @@ def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value
 
 def _explore(
     world: World, config: SearchConfig, params: Params, before: Embedding, action: Array, key: Array
-) -> tuple[_Leaf, Array, Array, Array, Array, Array, Array]:
+) -> tuple[Leaf, Array, Array, Array, Array, Array, Array]:
     """Makes the leaf of one tree, and plays rollouts from it.
 
     Returns:
