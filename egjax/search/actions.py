@@ -16,14 +16,15 @@ that bring about their preconditions, and so on until nothing new comes:
 Of verbs with the same effect (WASH, RINSE, SCRUB, WIPE; WALK, RUN; DROP, RELEASE) the first serves.
 The goal names classes. All instances of a class are taken where they are few, else those that most
 other classes of the goal lie next to, then those in the character's or the goal's rooms, then those
-of lowest id. A human's program is never looked at, so neither is which cup it used.
+of lowest id. A human's program is never looked at, so neither is which cup it used, unless its
+objects are given as `among`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -73,7 +74,8 @@ _BEDS = {"couch": 2, "bathtub": 2, "loveseat": 2, "sofa": 2, "bed": 3}
 class _Home:
     """A graph with the questions that relevance asks of it."""
 
-    def __init__(self, graph: Mapping[str, Any], classes: set[str]):
+    def __init__(self, graph: Mapping[str, Any], classes: set[str], among: Collection[int]):
+        self.among = set(among)
         self.nodes = {node["id"]: node for node in graph["nodes"]}
         self.by_class: dict[str, list[int]] = defaultdict(list)
         for number in sorted(self.nodes):
@@ -112,7 +114,8 @@ class _Home:
             away = not homely & set(self.inside[number])
             return -len(around & self.wanted), int(away), number
 
-        return sorted(self.by_class[name], key=order)[:limit]
+        told = [i for i in self.by_class[name] if i in self.among]
+        return sorted(told or self.by_class[name], key=order)[:limit]
 
 
 def _near(home: _Home, o: int):
@@ -343,7 +346,11 @@ def _together(home: _Home, facts: Sequence[GoalFact], limit: int):
 
 
 def action_table(
-    graph: Mapping[str, Any], predicates: Sequence[GoalFact], *, instances: int = 6
+    graph: Mapping[str, Any],
+    predicates: Sequence[GoalFact],
+    *,
+    instances: int = 6,
+    among: Collection[int] = (),
 ) -> list[Grounded]:
     """The actions that can matter for a goal, see the top of this module.
 
@@ -351,6 +358,8 @@ def action_table(
         graph: initial graph, `nodes` and `edges` as the simulator's JSON has them.
         predicates: the goal, by class names.
         instances: how many nodes of a class are taken at most.
+        among: graph ids; of a class that has some of them only these are taken. For comparison with
+            planners that were told which objects to use.
 
     Returns:
         Distinct actions, sorted by verb and ids; for the 518 RobotHow tasks 2 to 91,
@@ -360,7 +369,7 @@ def action_table(
         EgjaxError: a class that the graph lacks, or a graph without a character.
     """
     named = {name for p in predicates for name in (p.subject, p.other) if name is not None}
-    home = _Home(graph, named)
+    home = _Home(graph, named, among)
     for name in sorted(named | {_CHARACTER}):
         if name not in home.by_class:
             raise EgjaxError(f"the graph has no {name}", where="action_table")

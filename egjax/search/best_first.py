@@ -229,7 +229,7 @@ def best_first(
     start = int(print_[0] << np.uint64(32) | print_[1])
     queue = _Queue(embedding, start, price, weight if estimate is not None else 0.0)
     expanded = 0
-    while len(queue.paid) < limit:
+    while expanded == 0 or len(queue.paid) < limit:
         states = queue.take(batch)
         if not states or (estimate is not None and queue.best[1] >= 0):
             break

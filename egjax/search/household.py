@@ -15,7 +15,16 @@ from egjax.sim import goals, world
 from egjax.sim.vocab import VERB_INDEX, VERBS
 from egjax.types import State, Task
 
-__all__ = ["Progress", "Rewards", "begin", "helpful_first", "household", "verb_first"]
+__all__ = [
+    "Progress",
+    "Rewards",
+    "begin",
+    "helpful_first",
+    "household",
+    "same_state",
+    "steps_to_go",
+    "verb_first",
+]
 
 Array = jax.Array
 _FIND, _RINSE = VERB_INDEX["FIND"], VERB_INDEX["RINSE"]
@@ -75,6 +84,18 @@ def helpful_first(task: Task, progress: Progress, legal: Array) -> Array:
     """Prior logits f32[A]: actions of a relaxed plan from here are e³ times as likely as others."""
     del legal
     return _HELPFUL * relaxed_plan(task, progress.state, progress.held).helpful
+
+
+def same_state(progress: Progress) -> tuple[Array, Array]:
+    """What makes two states the same for `egjax.search.best_first`: how they came about does not
+    matter, nor the order of added edges, nor where held things were taken from, because no table
+    of `egjax.search.actions` puts anything back there."""
+    return progress.state.nodes, jnp.sort(progress.state.added)
+
+
+def steps_to_go(task: Task, progress: Progress) -> Array:
+    """Length f32[] of a relaxed plan, an estimate for `egjax.search.best_first`."""
+    return relaxed_plan(task, progress.state, progress.held).steps
 
 
 def household(rewards: Rewards | None = None) -> World:

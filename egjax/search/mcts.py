@@ -40,12 +40,12 @@ from egjax.search.rules import RULES, Node, RuleName
 mctx = require("mctx", "search")
 
 __all__ = [
+    "Leaf",
     "Outcome",
     "Record",
     "Search",
     "SearchConfig",
     "World",
-    "Leaf",
     "advance",
     "begin",
     "fingerprint",
@@ -879,9 +879,11 @@ def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> 
         labels: text of each action; their numbers are given without.
 
     Returns:
-        `{"nodes": [{"id", "parent", "action", "depth", "visits", "value", "closed",
-        "solved"}, ...]}`, in which the root's parent and action are None, `closed` says that
-        nothing below the node is left to try, and `solved` that all is done there.
+        `{"nodes": [{"id", "parent", "action", "depth", "visits", "value", "closed", "solved"}, …],
+        "best": [action, …], "solved": bool}`. The root's parent and action are None, `closed`
+        says that nothing below the node is left to try, a node is `solved` where all is done;
+        `best` is the best trajectory, which may end in a rollout, and `solved` whether it is a
+        solution.
     """
     tree = state.tree
     one = {
@@ -904,4 +906,6 @@ def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> 
         elif labels is not None:
             node["action"] = labels[node["action"]]
         nodes.append(node)
-    return {"nodes": nodes}
+    best = np.asarray(state.best[index])[: int(state.best_length[index])].tolist()
+    named = best if labels is None else [labels[action] for action in best]
+    return {"nodes": nodes, "best": named, "solved": bool(state.solved[index])}

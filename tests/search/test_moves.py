@@ -195,7 +195,9 @@ def test_staying_changes_nothing_but_the_count(before):
     after = reroot(toy.maze, CONFIG, PARAMS, copy(before), jnp.full(4, -1))
     for name in ("tree", "open", "end", "depth", "prints", "best", "keys"):
         for one, two in zip(
-            jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True
+            jax.tree.leaves(getattr(after, name)),
+            jax.tree.leaves(getattr(before, name)),
+            strict=True,
         ):
             np.testing.assert_array_equal(
                 jax.random.key_data(one) if name == "keys" else one,
