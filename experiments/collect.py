@@ -53,7 +53,7 @@ from egjax.types import Task
 from experiments.common import Done, Stage, atomic_path, emit, finished, note, open_run, run_main
 from experiments.data import HouseTask, assignments, load_tasks, make_task, programs
 
-__all__ = ["Config", "Found", "find_plans", "stage"]
+__all__ = ["Config", "Found", "Problem", "find_plans", "shared_world", "stage"]
 
 _E2WM_TRANSITIONS = 957.0  # a second, one core, 20 tasks (its own code, measured)
 _GREED = 3.0  # weight of the relaxed plan's length in the second pass
@@ -86,6 +86,8 @@ class Config:
     """Objects of a class in an action table, at most."""
     second: int = 40_000
     """States of the best-first search for a task that the tree search leaves unsolved; 0: none."""
+    shorten: int = 0
+    """States of a breadth-first search for a shortest plan; 0: none."""
     told: bool = False
     """Tell which objects the human program uses, as E2WM was told. For that comparison only."""
     picture: Path | None = None
@@ -102,7 +104,8 @@ class Found:
         plan: the plan as lines with ids; empty where nothing was found.
         labelled: its labelled experience as lines, None where labels were not asked for.
         transitions: steps simulated by the tree search.
-        second: the plan is the best-first search's.
+        second: solved by the best-first search only.
+        optimal: the plan is proved to be a shortest one over its action table.
     """
 
     report: SearchedTask
@@ -110,6 +113,7 @@ class Found:
     labelled: dict[str, list[list[Line]]] | None
     transitions: int
     second: bool = False
+    optimal: bool = False
 
 
 def _lines(plan: Sequence[int], table: Sequence[Grounded], names: Any) -> list[Line]:
@@ -160,7 +164,7 @@ class Problem:
 
 def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]:
     """Searches all tasks in batches; every plan is replayed by the judge before it counts."""
-    world = _world(config.rewards)
+    world = shared_world(config.rewards)
     starts = range(0, len(problem.tasks), config.batch)
     found: list[Found] = []
     # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
@@ -176,11 +180,14 @@ def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]
             again = functools.partial(_second_pass, problem, world, config)
             for row, one in zip(rest, pool.map(again, rest, [found[r] for r in rest]), strict=True):
                 found[row] = one
+        if config.shorten:
+            shorter = functools.partial(_shorten, problem, world, config)
+            found = list(pool.map(shorter, range(len(found)), found))
     return found
 
 
 # One world for equal rewards, and one `begin`: a new function would be compiled again.
-_world = functools.cache(household)
+shared_world = functools.cache(household)
 _begin = jax.jit(jax.vmap(begin))
 
 
@@ -263,8 +270,8 @@ def _found(
 
 def _second_pass(problem: Problem, world: World, config: Config, row: int, found: Found) -> Found:
     """Best-first search over relaxed plans for one task; what was found before if it fails, too."""
-    begun = time.perf_counter()
     task = jax.tree.map(jnp.asarray, problem.arrays[row])
+    begun = time.perf_counter()
     better = best_first(
         world,
         task,
@@ -275,21 +282,45 @@ def _second_pass(problem: Problem, world: World, config: Config, row: int, found
         limit=config.second,
         batch=16,
     )
+    found = _timed(found, begun)
     if better.plan is None:
         return found
-    lines = _lines(better.plan, problem.tables[row], problem.assignments[row].names)
+    new = _with_plan(problem, row, found, better.plan)
+    labelled = new.labelled
+    if labelled is not None and new.report.solved:
+        labelled = {**labelled, "positives": [new.plan]}
+    return replace(new, labelled=labelled, second=new.report.solved)
+
+
+def _shorten(problem: Problem, world: World, config: Config, row: int, found: Found) -> Found:
+    """Breadth-first search for one task; what was found before where it is no longer or unproved."""
+    if not found.report.solved:
+        return found
+    task = jax.tree.map(jnp.asarray, problem.arrays[row])
+    begun = time.perf_counter()
+    least = best_first(world, task, begin(task), identity=same_state, limit=config.shorten)
+    found = _timed(found, begun)
+    if least.plan is not None and least.cost < len(found.plan):
+        found = _with_plan(problem, row, found, least.plan)
+    return replace(found, optimal=len(found.plan) <= least.bound)
+
+
+def _timed(found: Found, begun: float) -> Found:
+    seconds = found.report.seconds + time.perf_counter() - begun
+    return replace(found, report=replace(found.report, seconds=seconds))
+
+
+def _with_plan(problem: Problem, row: int, found: Found, plan: Sequence[int]) -> Found:
+    """Another plan, judged."""
+    lines = _lines(plan, problem.tables[row], problem.assignments[row].names)
     verdict = judge([problem.assignments[row]], [lines], batch=1)[0]
     report = replace(
         found.report,
         satisfied=verdict.satisfied,
         solved=verdict.solved,
         plan_length=plan_length(lines) if verdict.solved else None,
-        seconds=found.report.seconds + time.perf_counter() - begun,
     )
-    labelled = found.labelled
-    if labelled is not None and verdict.solved:
-        labelled = {**labelled, "positives": [lines]}
-    return Found(report, lines, labelled, found.transitions, second=verdict.solved)
+    return replace(found, report=report, plan=lines)
 
 
 def _picture(problem: Problem, row: int, outcome: Outcome, place: int, folder: Path) -> None:
@@ -408,6 +439,8 @@ def figures(found: Sequence[Found]) -> list[Figure]:
         ),
         Figure("simulations", sum(f.report.simulations for f in found) / n, "per task", n=n),
     ]
+    if any(f.optimal for f in found):
+        rows.append(Figure("plans_proved_optimal", sum(f.optimal for f in found), "tasks", n=n))
     if solved:
         ratio = np.mean([(r.plan_length or 0) / max(r.human_length, 1) for r in solved])
         rows.append(Figure("plan_length_ratio", float(ratio), "÷ human", n=len(solved)))
@@ -416,12 +449,15 @@ def figures(found: Sequence[Found]) -> list[Figure]:
 
 def _warm_up(problem: Problem, config: Config) -> None:
     """Compiles what `find_plans` will run: one chunk of one batch, one state of a second pass."""
-    world = _world(config.rewards)
+    world = shared_world(config.rewards)
     once = replace(config.search, seconds=1e-9)
     quick = replace(config, search=once, picture=None, second=min(config.second, 1))
     found = _search_batch(problem, world, quick, 0, labels=False)
     if config.second:
         _second_pass(problem, world, quick, 0, found[0])
+    if config.shorten:
+        one = replace(found[0], report=replace(found[0].report, solved=True))
+        _shorten(problem, world, replace(quick, shorten=1), 0, one)
 
 
 def main(config: Config) -> None:

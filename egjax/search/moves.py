@@ -1,8 +1,9 @@
 """Move by move: search, take a step, and go on with the tree that was grown below it.
 
 `reroot` makes a child the root of a tree of the same arrays: its subtree moves to the front with
-its statistics, everything else is forgotten; a step never tried leads to a new root. What an edge was closed for is asked anew, because a
-node that repeated a forgotten one, or lay at the depth limit, is worth searching again.
+its statistics, everything else is forgotten; a step never tried leads to a new root. What an edge
+was closed for is asked anew, because a node that repeated a forgotten one, or lay at the depth
+limit, is worth searching again.
 """
 
 from __future__ import annotations
