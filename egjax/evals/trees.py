@@ -138,6 +138,7 @@ def draw_tree(
     lines = outline(tree, rows=rows, children=children)
     matplotlib = require("matplotlib", "eval")
     style = {"font.family": "DejaVu Sans", "font.size": 9.0, "svg.hashsalt": "egjax"}
+    style["svg.fonttype"] = "none"  # text stays text, to be searched for
     with matplotlib.rc_context(style):
         figure = _draw(lines, title)
         buffer = io.BytesIO()
