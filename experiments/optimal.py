@@ -101,8 +101,8 @@ def _row(world: World, problem: Problem, row: int, plan: list[int] | None, confi
         tree = _cost(plan, costs)
         padded = np.full((1, 1, 64 * -(-len(plan) // 64)), -1, np.int32)
         padded[0, 0, : len(plan)] = plan
-        one = jax.tree.map(lambda x: x[None], (task, start))
-        kept = prune(world, *one, padded)[0, 0]
+        one, here = jax.tree.map(lambda x: x[None], (task, start))
+        kept = prune(world, one, here, padded)[0, 0]
         pruned = _cost(kept[kept >= 0], costs)
     shared = {"costs": costs, "identity": same_state, "limit": config.limit}
     best = exact.best_first(world, task, start, **shared)

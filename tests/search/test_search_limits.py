@@ -15,7 +15,6 @@ import pytest
 import search_toy as toy
 
 from egjax.errors import EgjaxError
-from egjax.mesh import make_mesh
 from egjax.search import mcts
 
 CONFIG = mcts.SearchConfig(
@@ -59,17 +58,11 @@ def test_memory_is_known_before(config):
     assert sum(x.nbytes for x in leaves) - shared == 4 * predicted
 
 
-def test_batch_that_does_not_split_is_refused():
-    with pytest.raises(EgjaxError, match="does not split"):
-        mesh = make_mesh()
-        mesh = type("Two", (), {"shape": {"data": 3}})() if mesh.size == 1 else mesh
-        mcts.plant(toy.maze, CONFIG, PARAMS, STARTS, KEYS, mesh)
-
-
 _EIGHT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 import search_toy as toy
+from egjax.errors import EgjaxError
 from egjax.mesh import make_mesh
 from egjax.search import mcts
 from egjax.search.moves import plan
@@ -97,6 +90,12 @@ same(one.search.open, eight.search.open)
 games = [plan(toy.maze, config, params, starts, keys, moves=2, simulations=20, mesh=m).actions
          for m in (None, mesh)]
 same(*games)
+try:
+    mcts.plant(toy.maze, config, jax.tree.map(lambda x: x[:6], params), starts[:6], keys[:6], mesh)
+except EgjaxError as error:
+    assert "does not split over 8 devices" in str(error)
+else:
+    raise AssertionError("six tasks on eight devices")
 print("same", one.solved.sum(), len(games[0]))
 """
 
