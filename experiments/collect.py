@@ -282,7 +282,6 @@ def _second_pass(problem: Problem, world: World, config: Config, row: int, found
         weight=_GREED,
         identity=same_state,
         limit=config.second,
-        batch=16,
     )
     found = _timed(found, begun)
     if better.plan is None:

@@ -106,9 +106,7 @@ def _row(world: World, problem: Problem, row: int, plan: list[int] | None, confi
         pruned = _cost(kept[kept >= 0], costs)
     shared = {"costs": costs, "identity": same_state, "limit": config.limit}
     best = exact.best_first(world, task, start, **shared)
-    greedy = exact.best_first(
-        world, task, start, estimate=steps_to_go, weight=_GREED, batch=16, **shared
-    )
+    greedy = exact.best_first(world, task, start, estimate=steps_to_go, weight=_GREED, **shared)
     return _Row(problem.tasks[row].name, tree, pruned, greedy.cost, best)
 
 

@@ -200,13 +200,14 @@ def best_first(
     costs: Sequence[float] | None = None,
     identity: Identity = _itself,
     limit: int = 20_000,
-    batch: int = 64,
+    batch: int = 32,
 ) -> Found:
     """Searches one task.
 
     Args:
         world: what is searched; the same object for every call, so that nothing is traced twice.
-        params, embedding: one task and where it starts, which is not solved.
+        params, embedding: one task and where it starts, which is not solved. A dead state counts as
+            none, so nothing is proved about plans through one.
         estimate: `(params, embedding) -> f32[]`, cost still to come; without one the search is
             uniform-cost and goes on until its plan is proved optimal.
         weight: of the estimate; above 1 the search is greedier.
@@ -221,9 +222,9 @@ def best_first(
     """
     if limit < 1 or batch < 1:
         raise EgjaxError("limit and batch must be at least 1", where="best_first")
-    first = np.asarray(_legal(world, params, jax.tree.map(lambda x: x[None], embedding)))
-    price = np.ones(first.shape[1]) if costs is None else np.asarray(costs, float)
-    if price.shape != first.shape[1:] or (price < 0).any():
+    table = jax.eval_shape(world.legal, params, embedding).shape
+    price = np.ones(table) if costs is None else np.asarray(costs, float)
+    if price.shape != table or (price < 0).any():
         raise EgjaxError("a cost of at least 0 for every action", where="best_first")
     print_ = np.asarray(fingerprint(identity(embedding)), np.uint64)
     start = int(print_[0] << np.uint64(32) | print_[1])
