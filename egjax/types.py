@@ -18,15 +18,16 @@ class Scene:
     """What never changes in an episode. Nodes are addressed by index 0..N-1, not by graph id.
 
     Attributes:
-        edges: uint8[N, N]. Initial edges that do not touch the character, from both ends: row `o`
-            holds in bits 0-3 the edges o→x (ON, INSIDE, CLOSE, FACING), in bits 4-7 those x→o.
+        edges: uint32[N, N/4]. Initial edges that do not touch the character, from both ends: row
+            `o` has a byte for every x, with the edges o→x (ON, INSIDE, CLOSE, FACING) in bits 0-3
+            and those x→o in bits 4-7. Byte k of word w is that of x = k·N/4 + w.
         inside: int32[N, P]. Nodes that a node is initially INSIDE (as in `edges`), then -1.
         ids: int32[N]. Graph id of each node; padding has -1.
-        order: int32[4, N]. `rank·2^12 + node` by (id mod m, id) for m = 8, 32, 128, 512: the order
-            in which the reference takes the members of a set (tie rule).
+        rank, by_rank: int32[N]. Rank of each node by id, and the node of each rank.
         props: uint32[N]. Properties and other fixed traits, see `egjax.sim.vocab.Trait`.
         sit_capacity, lie_capacity: int32[N]. How many things may be ON a seat or bed.
-        room: int32[N]. Room number 0..R-1 of a node that is a room, else -1.
+        room: int32[N]. Room number 0..R-1, in the order of ids, of a node that is a room, else -1.
+        room_node: int32[R]. Node index of each room, -1 for padding.
         character: int32[]. Node index of the character.
         door_node: int32[D]. Node index of each door or doorjamb, -1 for padding.
         door_rooms: int32[D, 2]. The two room numbers that it connects, -1 where it connects none.
@@ -39,11 +40,13 @@ class Scene:
     edges: Array
     inside: Array
     ids: Array
-    order: Array
+    rank: Array
+    by_rank: Array
     props: Array
     sit_capacity: Array
     lie_capacity: Array
     room: Array
+    room_node: Array
     character: Array
     door_node: Array
     door_rooms: Array
@@ -60,8 +63,9 @@ class State:
         nodes: uint32[N]. Flags of each node x. Bits 0-3: edges character→x (ON, INSIDE, CLOSE,
             FACING); bits 4-7: x→character; bit 8, 9: held in the right, left hand; bits 10-13:
             initial edges of that relation at x are cut; bits 14-23: object states.
-        added: int32[X]. Edges between objects that were added, packed as `from·2^16 + to·2^4 +
-            relation`, -1 for a free slot.
+        added: uint32[X]. Edges between objects that were added, a pair (a, b) a slot: `a·2^20 +
+            b·2^8` + the byte of edges that row a of `Scene.edges` would have for b; 0 for a free
+            slot.
         grabbed: int16[N]. Where a held object was taken from: `y·4 + relation`, -1 for nowhere.
         overflow: bool[]. An edge had no free slot; the state is no longer exact.
     """

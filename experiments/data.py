@@ -149,7 +149,7 @@ def load_tasks(path: Path, robothow: Path | None) -> list[HouseTask]:
     ]
 
 
-def assignments(tasks: Sequence[HouseTask], *, added: int = 64) -> list[Assignment]:
+def assignments(tasks: Sequence[HouseTask], *, added: int = 24) -> list[Assignment]:
     """Scenes, states and goals of equal array sizes, for search and judge."""
     sizes = sizes_of((task.program.init for task in tasks), added=added)
     encoded = [encode(task.program.init, sizes, where=task.name) for task in tasks]

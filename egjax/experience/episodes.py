@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from egjax.sim.graph import Names
+from egjax.sim.graph import Names, added_edges, unpack_bytes
 from egjax.sim.text import Line, to_english
 from egjax.sim.vocab import STATE_SHIFT, STATES, Flag
 from egjax.types import Scene, State
@@ -156,7 +156,7 @@ class Recorder:
         self._character = int(scene.character)
         self._classes = {node["id"]: node["class_name"] for node in names.nodes}
         self._rooms = frozenset(n["id"] for n in names.nodes if n.get("category") == "Rooms")
-        edges = np.asarray(scene.edges)
+        edges = unpack_bytes(scene.edges)
         # Initial edges at each node from both ends, as (relation, from, to) by index.
         self._initial: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for a, b in np.argwhere(edges & 3):
@@ -184,8 +184,7 @@ class Recorder:
         return not (int(flags[a]) | int(flags[b])) & _CUTS[relation][0]
 
     def _overlay(self, added: np.ndarray) -> set[tuple[int, int, int]]:
-        codes = added[(added >= 0) & (added & 15 < 2)]
-        return {(int(c) & 15, int(c) >> 16, int(c) >> 4 & 4095) for c in codes}
+        return {(relation, a, b) for a, relation, b in added_edges(added) if relation < 2}
 
     def _all(self, flags: np.ndarray, added: np.ndarray) -> Iterator[Fact]:
         for node in range(len(self._ids)):
@@ -205,7 +204,7 @@ class Recorder:
         Args:
             lines: the T accepted actions.
             flags: uint32[T+1, N], `State.nodes` at the start and after each action.
-            added: int32[T+1, X], `State.added` likewise.
+            added: uint32[T+1, X], `State.added` likewise.
             start: the facts at the start, where that is not the recorder's own.
         """
         changed = (flags[1:] ^ flags[:-1]) & _WATCHED

@@ -21,7 +21,7 @@ from egjax.experience.episodes import Episode, Recorder
 from egjax.sim.graph import Names, Sizes, encode, sizes_of
 from egjax.sim.text import Line
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag, Trait
-from egjax.sim.world import legal, step
+from egjax.sim.world import from_lanes, legal, step
 from egjax.types import ActionTable, Scene, State
 
 __all__ = [
@@ -135,13 +135,12 @@ def resolves(scene: Scene, state: State, classes: Array) -> Array:
     here = (flags & Flag.INSIDE_OUT.value) != 0
     # The rooms (or things) that the character is INSIDE; four rows instead of all N.
     around = jnp.nonzero(here, size=4, fill_value=-1)[0]
-    with_me = ((scene.edges[around] >> 5 & 1) != 0) & ((around >= 0) & ~cut[around])[:, None]
-    inside = (state.added >= 0) & (state.added & 15 == 1) & here[state.added >> 4 & 4095]
-    mine = (
-        (with_me.any(0) & ~cut)
-        .at[jnp.where(inside, state.added >> 16, count)]
-        .set(True, mode="drop")
-    )
+    rows = jax.vmap(from_lanes)(scene.edges[around])
+    with_me = ((rows >> 5 & 1) != 0) & ((around >= 0) & ~cut[around])[:, None]
+    a, b = state.added >> 20, state.added >> 8 & 4095
+    into, onto = (state.added >> 1 & 1 != 0) & here[b], (state.added >> 5 & 1 != 0) & here[a]
+    mine = (with_me.any(0) & ~cut).at[jnp.where(into, a, count)].set(True, mode="drop")
+    mine = mine.at[jnp.where(onto, b, count)].set(True, mode="drop")
     held = _held(state)
     close = (flags & Flag.CLOSE_OUT.value) != 0
     place = jnp.where(held, 0, jnp.where(close, 1, jnp.where(mine, 2, 3)))

@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from egjax.search.mcts import World
-from egjax.search.relaxed import relaxed_plan
+from egjax.search.mcts import World, pick
+from egjax.search.relaxed import Relaxed, relaxed_plan
 from egjax.sim import goals, world
 from egjax.sim.vocab import VERB_INDEX, VERBS
-from egjax.types import State, Task
+from egjax.types import ActionTable, Scene, State, Task
 
 __all__ = [
+    "Prepared",
     "Progress",
     "Rewards",
     "begin",
     "helpful_first",
     "household",
+    "prepare",
     "same_state",
     "steps_to_go",
     "verb_first",
@@ -69,7 +71,32 @@ def begin(task: Task) -> Progress:
     return Progress(task.state, held, held)
 
 
-def verb_first(task: Task, progress: Progress, legal: Array) -> Array:
+@struct.dataclass
+class Prepared:
+    """A task with what never changes of it gathered once, see `prepare`."""
+
+    scene: Scene
+    actions: ActionTable
+    table: world.Table
+    wanted: goals.Wanted
+
+
+def prepare(task: Task | Prepared) -> Prepared:
+    """Gathers what never changes of a task; one that is prepared comes back as it is.
+
+    FIND counts as legal only near its object: far from it it is the same as WALK, which the table
+    has as well.
+    """
+    if isinstance(task, Prepared):
+        return task
+    # RINSE asks for nearness and nothing else.
+    asked = jnp.where(task.actions.verb == _FIND, _RINSE, task.actions.verb)
+    table = world.ground(task.scene, dataclasses.replace(task.actions, verb=asked))
+    wanted = goals.ground(task.scene, task.goal)
+    return Prepared(task.scene, task.actions, table._replace(actions=task.actions), wanted)
+
+
+def verb_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array:
     """Rollout weights f32[A]: a legal verb at random, then one of its legal actions.
 
     Walking is legal almost everywhere; drawn action by action, a rollout would do little else.
@@ -80,10 +107,15 @@ def verb_first(task: Task, progress: Progress, legal: Array) -> Array:
     return jnp.where(legal, 1.0 / jnp.maximum(count[task.actions.verb], 1.0), 0.0)
 
 
-def helpful_first(task: Task, progress: Progress, legal: Array) -> Array:
+def _relaxed(task: Task | Prepared, progress: Progress) -> Relaxed:
+    goal = task.wanted.goal if isinstance(task, Prepared) else task.goal
+    return relaxed_plan(task.scene, task.actions, goal, progress.state, progress.held)
+
+
+def helpful_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array:
     """Prior logits f32[A]: actions of a relaxed plan from here are e³ times as likely as others."""
     del legal
-    return _HELPFUL * relaxed_plan(task, progress.state, progress.held).helpful
+    return _HELPFUL * _relaxed(task, progress).helpful
 
 
 def same_state(progress: Progress) -> tuple[Array, Array]:
@@ -93,46 +125,53 @@ def same_state(progress: Progress) -> tuple[Array, Array]:
     return progress.state.nodes, jnp.sort(progress.state.added)
 
 
-def steps_to_go(task: Task, progress: Progress) -> Array:
+def steps_to_go(task: Task | Prepared, progress: Progress) -> Array:
     """Length f32[] of a relaxed plan, an estimate for `egjax.search.best_first`."""
-    return relaxed_plan(task, progress.state, progress.held).steps
+    return _relaxed(task, progress).steps
 
 
 def household(rewards: Rewards | None = None) -> World:
     """The world of household tasks: params are a `Task`, the embedding is a `Progress`.
 
-    FIND counts as legal only near its object: far from it it is the same as WALK, which the table
-    has as well. The prior prefers what a relaxed plan does; the value is the return of that plan if
-    it went through: what is still to be gained, less the cost of its other steps, undiscounted. See
+    Tables must not have PUTOBJBACK, which is never legal here: PUTBACK and PUTIN do the same. The
+    prior prefers what a relaxed plan does; the value is the return of that plan if it went through:
+    what is still to be gained, less the cost of its other steps, undiscounted. See
     `egjax.search.relaxed` for what it is worth.
     """
     rewards = rewards or Rewards()
 
-    def legal(task: Task, progress: Progress) -> Array:
-        # RINSE asks for nearness and nothing else.
-        asked = jnp.where(task.actions.verb == _FIND, _RINSE, task.actions.verb)
-        table = dataclasses.replace(task.actions, verb=asked)
-        return world.legal(task.scene, progress.state, table)
+    def legal(task: Task | Prepared, progress: Progress) -> Array:
+        ready = prepare(task)
+        return world.look(ready.scene, progress.state, ready.table, returns=False).legal
 
-    def step(task: Task, progress: Progress, action: Array):
-        table = task.actions
-        state, _ = world.step(
-            task.scene, progress.state, table.verb[action], table.obj[action], table.target[action]
-        )
-        held = goals.satisfied(task.scene, state, task.goal)
+    def after(ready: Prepared, progress: Progress, state: State):
+        held = goals.satisfied(ready.scene, state, ready.wanted)
         gained = jnp.sum(held & ~progress.achieved)
         lost = jnp.sum(progress.held & ~held)
         regained = jnp.sum(held & ~progress.held & progress.achieved)
         reward = jnp.where(gained > 0, rewards.gain * gained, rewards.cost)
         reward = (reward + rewards.change * (regained - lost)).astype(jnp.float32)
-        after = Progress(state, progress.achieved | held, held)
-        return after, reward, jnp.all(held), state.overflow
+        embedding = Progress(state, progress.achieved | held, held)
+        return embedding, reward, jnp.all(held), state.overflow
 
-    def value(task: Task, progress: Progress) -> Array:
-        steps = relaxed_plan(task, progress.state, progress.held).steps
+    def step(task: Task | Prepared, progress: Progress, action: Array):
+        ready = prepare(task)
+        seen = world.look(ready.scene, progress.state, ready.table, returns=False)
+        state = world.take(ready.scene, progress.state, ready.table, seen, action)
+        return after(ready, progress, state)
+
+    def play(task: Task | Prepared, progress: Progress, draw: Array):
+        ready = prepare(task)
+        seen = world.look(ready.scene, progress.state, ready.table, returns=False)
+        action = pick(verb_first(ready, progress, seen.legal), draw)
+        state = world.take(ready.scene, progress.state, ready.table, seen, action)
+        return jnp.where(jnp.any(seen.legal), action, -1), *after(ready, progress, state)
+
+    def value(task: Task | Prepared, progress: Progress) -> Array:
+        steps = steps_to_go(task, progress)
         new = jnp.sum(~progress.achieved)
         lost = jnp.sum(progress.achieved & ~progress.held)
         to_gain = rewards.gain * new + rewards.change * lost
         return to_gain + rewards.cost * jnp.maximum(steps - new, 0.0)
 
-    return World(legal, step, verb_first, helpful_first, value)
+    return World(legal, step, verb_first, helpful_first, value, prepare, play)

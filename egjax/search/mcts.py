@@ -62,6 +62,7 @@ __all__ = [
 Array = jax.Array
 Params = Any
 Embedding = Any
+Played = tuple[Array, Embedding, Array, Array, Array]
 _CLOSED = -jnp.inf
 
 
@@ -69,6 +70,10 @@ def uniform(params: Params, embedding: Embedding, legal: Array) -> Array:
     """Rollout weights f32[A] of the plain random rollout: every legal action alike."""
     del params, embedding
     return legal.astype(jnp.float32)
+
+
+def _as_given(params: Params) -> Params:
+    return params
 
 
 class World(NamedTuple):
@@ -84,6 +89,12 @@ class World(NamedTuple):
             every legal action alike where absent.
         value: `(params, embedding) -> f32[]`, an estimate of the return from here on, for
             `SearchConfig.value_weight`. Not asked at solved and dead ends, where it is 0.
+        prepare: `params -> params`. What the other functions are given instead, computed once for
+            many steps; the identity where absent. They must take what was not prepared as well.
+        play: `(params, embedding, draw f32[]) -> (action int32[], embedding, reward, solved,
+            dead)`, a rollout's next action, chosen by the uniform number `draw`, and what comes
+            of it; action -1 where none is legal. Made of `legal`, `weights` and `step` where
+            absent, which a world may do faster in one.
     """
 
     legal: Callable[[Params, Embedding], Array]
@@ -91,6 +102,8 @@ class World(NamedTuple):
     weights: Callable[[Params, Embedding, Array], Array] = uniform
     prior: Callable[[Params, Embedding, Array], Array] | None = None
     value: Callable[[Params, Embedding], Array] | None = None
+    prepare: Callable[[Params], Params] = _as_given
+    play: Callable[[Params, Embedding, Array], Played] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,94 +398,77 @@ class Leaf(NamedTuple):
         legal: bool[A].
         reward: of the step to it.
         ended: it is solved or dead, or nothing is legal.
+        solved: it is solved.
     """
 
     embedding: Embedding
     legal: Array
     reward: Array
     ended: Array
+    solved: Array
+
+
+def _grow(world: World, params: Params, embedding: Embedding, action: Array) -> Leaf:
+    """The node that an action leads to; one item."""
+    embedding, reward, solved, dead = world.step(params, embedding, action)
+    legal = world.legal(params, embedding)
+    return Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal), solved)
+
+
+def _play(world: World, params: Params, embedding: Embedding, draw: Array) -> Played:
+    if world.play is not None:
+        return world.play(params, embedding, draw)
+    legal = world.legal(params, embedding)
+    action = pick(world.weights(params, embedding, legal), draw)
+    return jnp.where(jnp.any(legal), action, -1), *world.step(params, embedding, action)
 
 
 def _rollout(
-    world: World,
-    config: SearchConfig,
-    params: Params,
-    embedding: Embedding,
-    action: Array,
-    key: Array,
-) -> tuple[Leaf, Array, Array, Array, Array]:
-    """Makes a leaf and plays one random rollout from it.
-
-    The tree's own step to the leaf is the first of the loop's, so that the world's functions are
-    compiled once: they are most of the program.
-
-    Args:
-        world, config, params: as in `advance`; one item.
-        embedding: of the leaf's parent.
-        action: int32[] that leads to the leaf.
-        key: random key.
+    world: World, config: SearchConfig, params: Params, leaf: Leaf, key: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Plays one random rollout from a leaf; one item.
 
     Returns:
-        The leaf, the rollout's actions int16[T], their number, whether the leaf or the rollout
-        solved the task, and the rollout's return from the leaf on.
+        Its actions int16[T], their number, whether the leaf or the rollout solved the task, and
+        the rollout's return from the leaf on.
     """
 
     def step(carry, x):
-        embedding, action, done, steps, total, ever, leaf = carry
+        embedding, done, steps, total, ever = carry
         time, draw = x
-        embedding, reward, solved, dead = world.step(params, embedding, action)
-        legal = world.legal(params, embedding)
-        ended = solved | dead | ~jnp.any(legal)
+        action, embedding, reward, solved, dead = _play(world, params, embedding, draw)
         # What happens after the end is computed and ignored: cheaper than choosing between states.
-        counted = ~done & (time > 0)
-        total += jnp.where(counted, config.discount ** (time - 1.0) * reward, 0.0)
-        new = Leaf(embedding, legal, reward, ended)
-        leaf = jax.tree.map(lambda new, old: jnp.where(time == 0, new, old), new, leaf)
+        done |= action < 0
+        total += jnp.where(done, 0.0, config.discount**time * reward)
         taken = jnp.where(done, -1, action).astype(jnp.int16)
-        action = pick(world.weights(params, embedding, legal), draw)
         ever |= solved & ~done
-        return (embedding, action, done | ended, steps + counted, total, ever, leaf), taken
+        return (embedding, done | solved | dead, steps + ~done, total, ever), taken
 
-    steps, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    total = jnp.zeros((), jnp.float32)
-    shapes = jax.eval_shape(world.legal, params, embedding)
-    leaf = Leaf(embedding, jnp.zeros(shapes.shape, bool), total, no)
-    carry = embedding, action, no, steps, total, no, leaf
-    times = jnp.arange(config.rollout_steps + 1)
+    start = leaf.embedding, leaf.ended, jnp.int32(0), jnp.float32(0), leaf.solved
+    times = jnp.arange(config.rollout_steps, dtype=jnp.float32)
     draws = jax.random.uniform(key, times.shape)
-    (_, _, _, steps, total, ever, leaf), actions = jax.lax.scan(step, carry, (times, draws))
-    return leaf, actions[1:], steps, ever, total
-
-
-def _step(
-    world: World, params: Params, embedding: Embedding, action: Array
-) -> tuple[Leaf, Array, Array, Array, Array]:
-    """Makes a leaf and plays no rollout; arguments and results as those of `_rollout`, T = 0."""
-    embedding, reward, solved, dead = world.step(params, embedding, action)
-    legal = world.legal(params, embedding)
-    leaf = Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal))
-    none = jnp.zeros((), jnp.int32)
-    return leaf, jnp.zeros((0,), jnp.int16), none, solved, jnp.zeros((), jnp.float32)
+    (_, _, steps, total, ever), actions = jax.lax.scan(step, start, (times, draws))
+    return actions, steps, ever, total
 
 
 def make_leaf(
     world: World, config: SearchConfig, params: Params, embedding: Embedding, action: Array
 ) -> tuple[Leaf, Array, Array]:
     """What one action leads to: the node, its end as in `Search`, its prior logits; one item."""
-    leaf, _, _, solved, _ = _step(world, params, embedding, action)
+    params = world.prepare(params)
+    leaf = _grow(world, params, embedding, action)
     logits = _logits(world, config, params, leaf.embedding, leaf.legal)
-    return leaf, jnp.where(solved, 2, leaf.ended).astype(jnp.int8), logits
+    return leaf, jnp.where(leaf.solved, 2, leaf.ended).astype(jnp.int8), logits
 
 
 def _expand(
-    config: SearchConfig, state: Search, path: _Path, leaf: Leaf, logits: Array, solved: Array
+    config: SearchConfig, state: Search, path: _Path, leaf: Leaf, logits: Array
 ) -> tuple[Search, _Path, Array]:
     """Writes node `simulation + 1` of every tree; an exhausted tree gets an unlinked one.
 
     Args:
         config, state, path, leaf: of B trees.
         logits: float32[B, A]. Prior of the new nodes.
-        solved: bool[B]. Whether they are solved.
 
     Returns:
         The trees, the path with the reward of its last edge, and bool[B], whether that edge is
@@ -486,7 +482,7 @@ def _expand(
     seen = jnp.all(state.prints == prints[:, None], axis=-1)
     repeated = jnp.any(seen & (state.depth <= path.edges[:, None]), axis=-1)
     closed = live & (leaf.ended | repeated | (path.edges >= config.max_depth))
-    end = jnp.where(solved, 2, leaf.ended)
+    end = jnp.where(leaf.solved, 2, leaf.ended)
 
     def put(array: Array, value: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), new, 1)
@@ -571,17 +567,16 @@ def _explore(
     """Makes the leaf of one tree, and plays rollouts from it.
 
     Returns:
-        As `_rollout`, with a leading axis of rollouts but at the leaf; then the leaf's prior logits
+        The leaf; what `_rollout` gives, with a leading axis of rollouts; the leaf's prior logits
         and its value by the world's own function (0 where that is not asked for).
     """
+    leaf = _grow(world, params, before, action)
     if config.value_weight < 1:
         keys = jax.random.split(jax.random.fold_in(key, 1), config.rollouts)
-        one = functools.partial(_rollout, world, config, params, before, action)
-        leaf, *played = jax.vmap(one)(keys)
-        leaf = jax.tree.map(lambda x: x[0], leaf)  # the same in all rollouts
+        played = jax.vmap(functools.partial(_rollout, world, config, params, leaf))(keys)
     else:
-        leaf, *played = _step(world, params, before, action)
-        played = [x[None] for x in played]
+        none = jnp.zeros((1,), jnp.int32)
+        played = jnp.zeros((1, 0), jnp.int16), none, leaf.solved[None], none.astype(jnp.float32)
     value = jnp.zeros((), jnp.float32)
     if config.value_weight > 0 and world.value is not None:
         value = jnp.where(leaf.ended, 0.0, world.value(params, leaf.embedding))
@@ -626,8 +621,7 @@ def _simulate(
     before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
     explore = functools.partial(_explore, world, config)
     leaf, played, steps, ever, total, logits, own = jax.vmap(explore)(params, before, action, keys)
-    at_once = ever[:, 0] & (steps[:, 0] == 0)  # the leaf itself is solved
-    state, path, closed = _expand(config, state, path, leaf, logits, at_once)
+    state, path, closed = _expand(config, state, path, leaf, logits)
     record = _trajectories(config, path, played, steps, ever, total)
     value, returns = jnp.mean(total, axis=1), record.returns
     if config.value_weight > 0:
@@ -723,6 +717,8 @@ def advance(
     """
 
     def work(params: Params, state: Search) -> tuple[Search, Record]:
+        params = jax.vmap(world.prepare)(params)
+
         def body(state: Search, _: None) -> tuple[Search, Record]:
             return _simulate(world, config, params, state)
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from egjax.sim.vocab import STATE_SHIFT, VERB_INDEX, Flag, Trait, state_bit
-from egjax.types import State, Task
+from egjax.sim.world import from_lanes, swap
+from egjax.types import ActionTable, Goal, Scene, State
 
 __all__ = ["Relaxed", "relaxed_plan"]
 
@@ -78,32 +79,37 @@ def _is(table_verb: Array, *names: str) -> Array:
     return jnp.any(table_verb[:, None] == jnp.array([_V[name] for name in names]), axis=1)
 
 
-def _things(task: Task, state: State, puts: Array) -> _Things:
+def _things(scene: Scene, table: ActionTable, state: State, puts: Array) -> _Things:
     """Facts about the table's objects; `puts` bool[A] are PUT actions taken as done."""
-    scene, table = task.scene, task.actions
     node = jnp.maximum(table.objects, 0)
     here = jnp.arange(scene.ids.shape[0])
     flags = state.nodes[node]
     cut = ((state.nodes >> 10) & 15).astype(jnp.uint8)
     cut = cut | cut << 4
-    row = scene.edges[node] & ~(cut | cut[node][:, None])
-    # Edges between objects that were added or are to be: both put x next to o.
-    source, sink = state.added >> 16, (state.added >> 4) & 4095
-    relation = jnp.where(state.added >= 0, state.added & 15, -1)
-    mine = (source == table.objects[:, None]) & (relation >= 0)
-    placed = mine & ((relation == _ON) | (relation == _CLOSE))
-    link = (row & ((1 << _ON) | (1 << _CLOSE) | (16 << _CLOSE))) != 0
-    at = jnp.where(placed, sink, here.size)
-    link = jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(link, at)
+    row = jax.vmap(from_lanes)(scene.edges[node]).astype(jnp.uint8) & ~(cut | cut[node][:, None])
+    # Edges between objects that were added or are to be; a slot holds both directions.
+    first, second = (
+        (state.added >> 20).astype(jnp.int32),
+        (state.added >> 8 & 4095).astype(jnp.int32),
+    )
+    byte = (state.added & 255).astype(jnp.uint8)
+    far = jnp.concatenate([second, first])
+    mine = jnp.concatenate([first, second]) == table.objects[:, None]
+    byte = jnp.where(mine, jnp.concatenate([byte, swap(byte)]), 0)
+    near = (1 << _ON) | (1 << _CLOSE) | (16 << _CLOSE)
+
+    def with_added(base: Array, bits: int) -> Array:
+        """bool[M, N]: edges of these kinds, the added ones with them."""
+        at = jnp.where((byte & bits) != 0, far, here.size)
+        return jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(base, at)
+
+    link = with_added((row & near) != 0, near)
     done = jnp.where(puts, table.target, here.size)
     link = link.at[table.obj_slot, done].set(True, mode="drop")
-    boxes = mine & (relation == _INSIDE)
-    within = (row & (1 << _INSIDE)) != 0
-    at = jnp.where(boxes, sink, here.size)
-    within = jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(within, at)
+    within = with_added((row & (1 << _INSIDE)) != 0, 1 << _INSIDE)
     within &= scene.room < 0
     surface = _bit(scene.props[node], 1 << Trait.SURFACE)
-    on_it = ((row & (16 << _ON)) != 0) & surface[:, None]
+    on_it = with_added((row & (16 << _ON)) != 0, 16 << _ON) & surface[:, None]
     goes = table.objects[:, None] == here
     arrives = goes | on_it | within | _bit(scene.props, 1 << Trait.BODY_PART)
     # near(o): CLOSE to it, or CLOSE to an x that it is ON or CLOSE to.
@@ -124,13 +130,12 @@ def _things(task: Task, state: State, puts: Array) -> _Things:
     )
 
 
-def _achieves(task: Task) -> tuple[Array, Array]:
+def _achieves(scene: Scene, table: ActionTable, goal: Goal) -> tuple[Array, Array]:
     """Which goals an action can bring about, by its verb and arguments.
 
     Returns:
         bool[A, G], and bool[G, M], the objects of which one shall be CLOSE to the character.
     """
-    table, goal, scene = task.actions, task.goal, task.scene
     verb, count = table.verb, goal.bit.shape[0]
     belongs = goal.predicate[:, None] == jnp.arange(count)
 
@@ -167,9 +172,9 @@ def _achieves(task: Task) -> tuple[Array, Array]:
     return found & table.mask[:, None] & goal.mask, wanted & (table.objects >= 0)
 
 
-def _cost(task: Task, things: _Things, hands: Array) -> Array:
+def _cost(table: ActionTable, things: _Things, hands: Array) -> Array:
     """float32[A]: steps of each action with all that it asks for, added up (h_add)."""
-    table, verb = task.actions, task.actions.verb
+    verb = table.verb
 
     def step(done: Array, *needs: Array) -> Array:
         return jnp.where(done, 0.0, 1.0 + sum(needs, jnp.zeros(())))
@@ -215,8 +220,8 @@ class _Needs(NamedTuple):
     near: Array
 
 
-def _needs(task: Task, things: _Things, chosen: Array) -> _Needs:
-    table, verb = task.actions, task.actions.verb
+def _needs(table: ActionTable, things: _Things, chosen: Array) -> _Needs:
+    verb = table.verb
     size = things.near.shape[0]
 
     def objects(slots: Array, *names: str) -> Array:
@@ -262,21 +267,23 @@ def _stand(things: _Things, wanted: Array, walks: Array, movable: Array) -> tupl
     return ends, stays
 
 
-def relaxed_plan(task: Task, state: State, held: Array) -> Relaxed:
+def relaxed_plan(
+    scene: Scene, table: ActionTable, goal: Goal, state: State, held: Array
+) -> Relaxed:
     """A relaxed plan from a state; one item.
 
     Args:
-        task: where the goal and the action table come from.
+        scene, table, goal: of the task.
         state: the state.
         held: bool[G]. Which goal predicates hold in it, see `egjax.sim.goals.satisfied`.
     """
-    table, verb = task.actions, task.actions.verb
-    missing = ~held & task.goal.mask
-    now = _things(task, state, jnp.zeros(verb.shape, bool))
-    achieves, wanted = _achieves(task)
+    verb = table.verb
+    missing = ~held & goal.mask
+    now = _things(scene, table, state, jnp.zeros(verb.shape, bool))
+    achieves, wanted = _achieves(scene, table, goal)
     stands = jnp.any(wanted, axis=1)
     hands = jnp.sum(_bit(state.nodes, Flag.HOLDS_RH)) + jnp.sum(_bit(state.nodes, Flag.HOLDS_LH))
-    cost = _cost(task, now, hands)
+    cost = _cost(table, now, hands)
 
     # One action a goal, the cheapest; the same action for several goals counts once.
     price = jnp.where(achieves, cost[:, None], jnp.inf)
@@ -284,7 +291,7 @@ def relaxed_plan(task: Task, state: State, held: Array) -> Relaxed:
     works = missing & ~stands & jnp.isfinite(jnp.min(price, axis=0))
     at = jnp.where(works, best, verb.shape[0])
     chosen = jnp.zeros(verb.shape, bool).at[at].set(True, mode="drop")
-    needs = _needs(task, now, chosen)
+    needs = _needs(table, now, chosen)
     own = chosen & ~_is(verb, "GRAB", "OPEN", "WALK")  # those three are among the needs
     opens = jnp.zeros(now.near.shape, bool)
     at = jnp.where(chosen & (verb == _V["OPEN"]), table.obj_slot, opens.size)
@@ -295,22 +302,22 @@ def relaxed_plan(task: Task, state: State, held: Array) -> Relaxed:
     at = jnp.where(chosen & (verb == _V["WALK"]), table.obj_slot, opens.size)
     walks = walks.at[at].set(True, mode="drop")
 
-    after = _things(task, state, chosen & _is(verb, *_PUT))
+    after = _things(scene, table, state, chosen & _is(verb, *_PUT))
     at = jnp.where(verb == _V["GRAB"], table.obj_slot, opens.size)
     movable = jnp.zeros(opens.shape, bool).at[at].set(True, mode="drop")
-    ends, stays = _stand(after, wanted & task.goal.mask[:, None], walks, movable | now.held)
+    ends, stays = _stand(after, wanted & goal.mask[:, None], walks, movable | now.held)
     goable = jnp.zeros(opens.shape, bool)
     goable = goable.at[jnp.where(verb == _V["WALK"], table.obj_slot, opens.size)].set(
         True, mode="drop"
     )
     ends = jnp.where(goable, ends, jnp.inf)
-    any_stand = jnp.any(stands & task.goal.mask)
+    any_stand = jnp.any(stands & goal.mask)
     leave = any_stand & (jnp.min(ends) < stays)
     to = leave & (jnp.arange(opens.size) == jnp.argmin(ends))
     close = jnp.where(any_stand, jnp.minimum(jnp.min(ends), stays), 0.0)
     steps = jnp.sum(own) + jnp.sum(needs.grab) + jnp.sum(opens) + jnp.sum(needs.off)
     steps += jnp.sum(needs.plug) + jnp.sum(walks) + close
-    resting = _bit(state.nodes[task.scene.character], Flag.SITTING | Flag.LYING)
+    resting = _bit(state.nodes[scene.character], Flag.SITTING | Flag.LYING)
     moves = jnp.any(walks) | leave
     steps += resting & moves
     grabs = jnp.sum(needs.grab) + jnp.sum(opens)

@@ -13,10 +13,18 @@ from jax import Array
 from egjax.errors import EgjaxError
 from egjax.sim.graph import Names
 from egjax.sim.vocab import RELATIONS, STATES, state_bit
-from egjax.sim.world import any_bits, to_lanes
+from egjax.sim.world import any_byte, fold, swap, to_lanes
 from egjax.types import Goal, Scene, State
 
-__all__ = ["GoalSizes", "Predicate", "encode_goal", "goal_predicates", "satisfied"]
+__all__ = [
+    "GoalSizes",
+    "Predicate",
+    "Wanted",
+    "encode_goal",
+    "goal_predicates",
+    "ground",
+    "satisfied",
+]
 
 
 class Predicate(NamedTuple):
@@ -146,39 +154,94 @@ def _encode_predicate(
     return subjects, kind, others
 
 
-def satisfied(scene: Scene, state: State, goal: Goal) -> Array:
+class Wanted(NamedTuple):
+    """A goal with what never changes of it in a scene, see `ground`; W = G/32 words of predicates.
+
+    Attributes:
+        goal: the goal.
+        lanes: uint32[L, K]. Of each instance, the bit asked for in the row of its subject (see
+            `Scene.edges`) at every node acceptable at the other end, if the scene has that edge
+            from the start; the character's row has all.
+        with_character: uint32[K]. The bit asked for if the character is acceptable, else 0.
+        one: uint32[K, W]. The one bit of each instance's predicate; 0 for padding.
+        subjects, others: uint32[N, W]. Predicates whose subject, or other end, a node may be.
+        relations: uint32[8, W]. Predicates that ask for a bit of a row.
+    """
+
+    goal: Goal
+    lanes: Array
+    with_character: Array
+    one: Array
+    subjects: Array
+    others: Array
+    relations: Array
+
+
+def ground(scene: Scene, goal: Goal) -> Wanted:
+    """What never changes of a goal; to be computed once, outside of loops over states."""
+    scene, goal = jax.tree.map(jnp.asarray, (scene, goal))
+    count, nodes = goal.bit.shape[0], scene.ids.shape[0]
+    words = -(-count // 32)
+    numbers = jnp.arange(count)
+    own = (numbers[:, None] // 32 == jnp.arange(words)).astype(jnp.uint32)
+    own = jnp.where(goal.mask[:, None], own << (numbers % 32).astype(jnp.uint32)[:, None], 0)
+    one = jnp.where(goal.subject[:, None] >= 0, own[goal.predicate], 0)
+    node, bit = jnp.maximum(goal.subject, 0), goal.bit[goal.predicate]
+    edge = jnp.where(bit < 8, jnp.uint32(1) << jnp.minimum(bit, 7).astype(jnp.uint32), 0)
+    asked = jnp.where(goal.others[goal.predicate] > 0, edge[:, None], 0)
+    lanes = jax.vmap(to_lanes)(asked)
+    lanes = jnp.where((node == scene.character)[:, None], lanes, lanes & scene.edges[node])
+    member = node == jnp.arange(nodes)[:, None]
+    others = (goal.others > 0)[:, :, None]
+    relation = jnp.arange(8)[:, None] == goal.bit
+    return Wanted(
+        goal=goal,
+        lanes=lanes.T,
+        with_character=asked[:, scene.character],
+        one=one,
+        subjects=jnp.bitwise_or.reduce(jnp.where(member[..., None], one, 0), axis=1),
+        others=jnp.bitwise_or.reduce(jnp.where(others, own[:, None], 0), axis=0),
+        relations=jnp.bitwise_or.reduce(jnp.where(relation[..., None], own, 0), axis=1),
+    )
+
+
+def satisfied(scene: Scene, state: State, goal: Goal | Wanted) -> Array:
     """Which predicates of a goal hold.
+
+    Args:
+        scene, state: one scene and state.
+        goal: a goal, or what `ground` gave for many states.
 
     Returns:
         bool[G]; padding counts as True, so `.all()` is "solved".
     """
+    scene, state = jax.tree.map(jnp.asarray, (scene, state))  # numpy without jit, too
+    wanted = ground(scene, goal) if isinstance(goal, Goal) else goal
+    goal, me = wanted.goal, scene.character
+    node, bit = jnp.maximum(goal.subject, 0), goal.bit[goal.predicate]
+    mine, flags = node == me, state.nodes[node]
+    cut = state.nodes >> 10 & 15
+    cut = cut | cut << 4
+    live, own = to_lanes(~cut & 255), to_lanes(state.nodes & 255)
+    row = wanted.lanes & jnp.where(mine, own[:, None], live[:, None])
+    hit = any_byte(row) & jnp.where(mine, 255, ~cut[node])
+    # The edge to the character stands in the node's own flags, seen from the other end.
+    hit |= jnp.where(mine, 0, swap(flags & 255)) & wanted.with_character
+    hit |= jnp.where(bit >= 8, flags >> bit.astype(jnp.uint32) & 1, 0)
+    found = fold(jnp.where((hit != 0)[:, None], wanted.one, 0), jnp.bitwise_or)
 
-    scene, state, goal = jax.tree.map(jnp.asarray, (scene, state, goal))  # numpy without jit, too
-    cut = ((state.nodes >> 10) & 15).astype(jnp.uint8)
-    live = ~(cut | cut << 4)
-    live_lanes, own_lanes = to_lanes(live), to_lanes(state.nodes.astype(jnp.uint8))
-    used = state.added >= 0
-    source = jnp.where(used, state.added >> 16, -1)
-    sink = jnp.where(used, (state.added >> 4) & 4095, -1)
-    relation = state.added & 15
+    a, b = state.added >> 20, state.added >> 8 & 4095
+    bits = state.added & 255
 
-    def instance(subject: Array, predicate: Array) -> Array:
-        node, bit = jnp.maximum(subject, 0), goal.bit[predicate]
-        others = goal.others[predicate]
-        flag = (state.nodes[node] >> bit.astype(jnp.uint32) & 1).astype(bool)
-        edge = jnp.uint8(1) << jnp.minimum(bit, 7).astype(jnp.uint8)
-        row = to_lanes(scene.edges[node]) & live_lanes
-        row = jnp.where(node == scene.character, own_lanes, row)
-        alive = jnp.where(node == scene.character, jnp.uint8(255), live[node])
-        base = (any_bits(row & to_lanes(others)) & alive & edge) != 0
-        # The edge to the character stands in the node's own flags, seen from the other end.
-        swapped = jnp.where(bit < 4, bit + 4, bit - 4).astype(jnp.uint32)
-        mine = (state.nodes[node] >> swapped & 1).astype(bool) & (others[scene.character] > 0)
-        out = (source == node) & (relation == bit) & (others[sink] > 0)
-        back = (sink == node) & (relation == bit - 4) & (others[source] > 0)
-        found = base | mine | (used & (out | back)).any()
-        return jnp.where(bit >= 8, flag, found) & (subject >= 0)
+    def asking(bits: Array) -> Array:
+        have = (bits >> jnp.arange(8, dtype=jnp.uint32)[:, None] & 1) != 0
+        return fold(jnp.where(have[..., None], wanted.relations[:, None], 0), jnp.bitwise_or)
 
-    held = jax.vmap(instance)(goal.subject, goal.predicate)
-    belongs = goal.predicate[:, None] == jnp.arange(goal.bit.shape[0])
-    return (held[:, None] & belongs).any(0) | ~goal.mask
+    subjects, others = wanted.subjects, wanted.others
+    added = (subjects[a] & others[b] & asking(bits)) | (
+        subjects[b] & others[a] & asking(swap(bits))
+    )
+    found |= fold(added, jnp.bitwise_or)
+    numbers = jnp.arange(goal.bit.shape[0])
+    held = found[numbers // 32] >> (numbers % 32).astype(jnp.uint32) & 1
+    return (held != 0) | ~goal.mask

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from egjax.errors import EgjaxError
@@ -19,11 +20,15 @@ __all__ = [
     "TIE_LIMITS",
     "Names",
     "Sizes",
+    "added_edges",
     "decode",
     "edge_bits",
     "encode",
     "load_graph",
+    "pack_bytes",
     "sizes_of",
+    "tie_order",
+    "unpack_bytes",
 ]
 
 Graph = Mapping[str, Any]
@@ -42,13 +47,14 @@ TIE_LIMITS = (4, 18, 76)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Array sizes: nodes, doors, rooms, INSIDE parents, overlay edges. Shared by a batch."""
+    """Array sizes: nodes, doors, rooms, INSIDE parents, pairs of objects between which edges are
+    added. Shared by a batch."""
 
     nodes: int = 320
     doors: int = 4
     rooms: int = 4
     parents: int = 2
-    added: int = 64
+    added: int = 24
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def load_graph(path: str | Path) -> dict[str, Any]:
     return graph
 
 
-def sizes_of(graphs: Iterable[Graph], *, added: int = 64) -> Sizes:
+def sizes_of(graphs: Iterable[Graph], *, added: int = 24) -> Sizes:
     """The smallest array sizes that hold all graphs (nodes rounded up to a multiple of 32)."""
     nodes = doors = rooms = parents = 1
     for graph in graphs:
@@ -138,12 +144,6 @@ def _traits(node: Mapping[str, Any], where: str) -> int:
         Trait.DOOR: name in ("door", "doorjamb"),
     }
     return sum(1 << trait for trait, true in holds.items() if true)
-
-
-def _tie_order(ids: Sequence[int]) -> list[int]:
-    """Node ids in the order in which the reference's set yields them (the tie rule)."""
-    modulus = _MODULI[sum(len(ids) > limit for limit in TIE_LIMITS)]
-    return sorted(ids, key=lambda i: (i % modulus, i))
 
 
 def _door_paths(
@@ -236,9 +236,14 @@ def encode(
                     remedy="states are " + ", ".join(STATES),
                 )
             flags[i] |= np.uint32(1 << (STATE_SHIFT + STATES.index(state.upper())))
-    room_nodes = [i for i, node in enumerate(nodes) if node.get("category") == "Rooms"]
-    for number, i in enumerate(room_nodes):
-        room[i] = number
+    rooms = [i for i, node in enumerate(nodes) if node.get("category") == "Rooms"]
+    if len(rooms) > min(sizes.rooms, 32):
+        raise EgjaxError(f"{len(rooms)} rooms, more than {min(sizes.rooms, 32)}", where=where)
+    room_node = np.full(sizes.rooms, -1, np.int32)
+    room_node[: len(rooms)] = sorted(rooms, key=lambda i: ids[i])
+    room[room_node[: len(rooms)]] = np.arange(len(rooms))
+    by_rank = np.arange(n, dtype=np.int32)
+    by_rank[: len(nodes)] = np.argsort(ids[: len(nodes)])
     edges = np.zeros((n, n), np.uint8)
     fixed, between = set(), {}
     for edge in graph["edges"]:
@@ -270,33 +275,54 @@ def encode(
         parents[i, : len(inside)] = inside
     # numpy arrays: they are stacked and sent to a device as a batch.
     fields: dict[str, Any] = {
-        "edges": edges,
+        "edges": pack_bytes(edges),
         "inside": parents,
         "ids": ids,
-        "order": _order(ids, len(nodes)),
+        "rank": np.argsort(by_rank).astype(np.int32),
+        "by_rank": by_rank,
         "props": props,
         "sit_capacity": sit,
         "lie_capacity": lie,
         "room": room,
+        "room_node": room_node,
         "character": np.int32(character),
         **_doors(nodes, between, room, ids, sizes, where),
     }
     start: dict[str, Any] = {
         "nodes": flags,
-        "added": np.full(sizes.added, -1, np.int32),
+        "added": np.zeros(sizes.added, np.uint32),
         "grabbed": np.full(n, -1, np.int16),
         "overflow": np.bool_(False),
     }
     return Scene(**fields), State(**start), Names(nodes, index, frozenset(fixed))
 
 
-def _order(ids: np.ndarray, count: int) -> np.ndarray:
-    """`Scene.order` of node ids, of which the first `count` are real."""
-    order = np.zeros((len(_MODULI), len(ids)), np.int32)
-    for row, modulus in enumerate(_MODULI):
-        ranked = np.lexsort((ids[:count], ids[:count] % modulus))
-        order[row, ranked] = np.arange(count) << 12
-    return order | np.arange(len(ids), dtype=np.int32)
+def pack_bytes(rows: np.ndarray) -> np.ndarray:
+    """uint8[..., N] as the words uint32[..., N/4] of `Scene.edges`."""
+    parts = np.split(rows.astype(np.uint32), 4, axis=-1)
+    return parts[0] | parts[1] << 8 | parts[2] << 16 | parts[3] << 24
+
+
+def unpack_bytes(words: np.ndarray | jax.Array) -> np.ndarray:
+    """The inverse of `pack_bytes`."""
+    words = np.asarray(words)
+    return np.concatenate([words >> (8 * k) & 255 for k in range(4)], axis=-1).astype(np.uint8)
+
+
+def added_edges(added: np.ndarray) -> list[tuple[int, int, int]]:
+    """The edges of `State.added` as (source, relation, sink), by index."""
+    edges = []
+    for code in map(int, added[(added & 255) != 0]):
+        a, b = code >> 20, code >> 8 & 4095
+        edges += [(a, kind, b) for kind in range(4) if code >> kind & 1]
+        edges += [(b, kind, a) for kind in range(4) if code >> (4 + kind) & 1]
+    return edges
+
+
+def tie_order(ids: Sequence[int]) -> list[int]:
+    """Node ids in the order in which the reference's set yields them (the tie rule)."""
+    modulus = _MODULI[sum(len(ids) > limit for limit in TIE_LIMITS)]
+    return sorted(ids, key=lambda i: (i % modulus, i))
 
 
 def _doors(
@@ -311,8 +337,8 @@ def _doors(
     classes = [node["class_name"] for node in nodes]
     # The reference lists all doors before all doorjambs.
     listed = [i for kind in ("door", "doorjamb") for i, c in enumerate(classes) if c == kind]
-    if len(listed) > sizes.doors or int(room.max()) >= sizes.rooms or sizes.rooms > 32:
-        raise EgjaxError("more doors or rooms than the arrays hold", where=where)
+    if len(listed) > sizes.doors:
+        raise EgjaxError("more doors than the arrays hold", where=where)
     node = np.full(sizes.doors, -1, np.int32)
     rooms = np.full((sizes.doors, 2), -1, np.int32)
     mask = np.zeros(sizes.doors, np.uint32)
@@ -320,7 +346,7 @@ def _doors(
     for number, i in enumerate(listed):
         node[number] = i
         by_id = {int(ids[j]): j for j in between.get(i, ())}
-        ends = [by_id[k] for k in _tie_order(list(by_id))]
+        ends = [by_id[k] for k in tie_order(list(by_id))]
         for j in ends:
             if room[j] >= 0:
                 mask[number] |= np.uint32(1 << int(room[j]))
@@ -345,10 +371,9 @@ def edge_bits(scene: Scene, state: State) -> np.ndarray:
     """
     flags = np.asarray(state.nodes)
     cut = ((flags >> 10) & 15).astype(np.uint8)
-    bits = np.asarray(scene.edges) & ~cut[:, None] & ~cut[None, :] & 15
-    added = np.asarray(state.added)
-    for code in added[added >= 0]:
-        bits[code >> 16, (code >> 4) & 4095] |= 1 << (code & 15)
+    bits = unpack_bytes(scene.edges) & ~cut[:, None] & ~cut[None, :] & 15
+    for a, kind, b in added_edges(np.asarray(state.added)):
+        bits[a, b] |= 1 << kind
     character = int(scene.character)
     bits[:, character] = (flags >> 4) & 15
     bits[character, :] = (flags & 15) | ((flags >> 8 & 3) << 4)

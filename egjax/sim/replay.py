@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from egjax.errors import EgjaxError
-from egjax.sim.graph import Names, decode, edge_bits
+from egjax.sim.graph import Names, decode, edge_bits, tie_order
 from egjax.sim.rules import Check, reason
 from egjax.sim.text import Line, bind, parse_line
 from egjax.sim.vocab import RELATIONS, STATE_SHIFT, STATES, VERB_INDEX, Flag
@@ -132,10 +132,10 @@ def _room(scene: Scene, state: State, node: int) -> int:
     if room[node] >= 0:
         return node
     inside = np.flatnonzero(edge_bits(scene, state)[node] & 2)
-    moduli = np.searchsorted([4, 18, 76], len(inside))
-    order = np.asarray(scene.order)[moduli]
-    rooms = [int(i) for i in inside if room[i] >= 0]
-    return min(rooms, key=lambda i: order[i]) if rooms else node
+    ids = np.asarray(scene.ids)
+    by_id = {int(ids[i]): int(i) for i in inside}
+    rooms = [by_id[i] for i in tie_order(list(by_id)) if room[by_id[i]] >= 0]
+    return rooms[0] if rooms else node
 
 
 def _closed_doors(scene: Scene, state: State, here: int, there: int) -> list[int]:

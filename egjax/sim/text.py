@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from egjax.errors import EgjaxError
-from egjax.sim.graph import Names
+from egjax.sim.graph import Names, added_edges, unpack_bytes
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag
 from egjax.types import Scene, State
 
@@ -150,7 +150,7 @@ def resolve_name(scene: Scene, state: State, names: Names, name: str) -> int:
     """
     flags = np.asarray(state.nodes)
     rooms = flags & Flag.INSIDE_OUT.value != 0
-    edges = np.asarray(scene.edges)
+    edges = unpack_bytes(scene.edges)
     best, best_rank = -1, (4, 0)
     for node, entry in enumerate(names.nodes):
         if entry["class_name"] != name:
@@ -176,9 +176,8 @@ def _inside_any(
     cut = Flag.CUT_INSIDE.value
     if not flags[node] & cut and bool(((row & 2 != 0) & rooms & (flags & cut == 0)).any()):
         return True
-    added = np.asarray(state.added)
-    inside = added[(added >= 0) & (added >> 16 == node) & (added & 15 == 1)]
-    return bool(rooms[(inside >> 4) & 4095].any())
+    added = added_edges(np.asarray(state.added))
+    return any(rooms[b] for a, relation, b in added if (a, relation) == (node, 1))
 
 
 def bind(

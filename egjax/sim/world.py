@@ -3,6 +3,9 @@
 Semantics are those of VirtualHome's evolving graph at tag v1.0.0 (`egjax.sim.rules`), with every
 object counted as found and the tie rule for "the first of several nodes": the members of a set of
 n nodes are taken by (id mod m, id), m = 8, 32, 128, 512 for n up to 4, 18, 76, more.
+
+`step` tries any one action. For a table of actions, `ground` gathers once what never changes of its
+objects, `look` asks what is legal, and `take` plays a legal action on what `look` has seen.
 """
 
 from __future__ import annotations
@@ -19,7 +22,20 @@ from egjax.sim.rules import Check, Effect, Rules, reference_rules
 from egjax.sim.vocab import VERB_INDEX, VERBS, Flag, Trait
 from egjax.types import ActionTable, Scene, State
 
-__all__ = ["legal", "step"]
+__all__ = [
+    "Look",
+    "Table",
+    "any_byte",
+    "fold",
+    "from_lanes",
+    "ground",
+    "legal",
+    "look",
+    "step",
+    "swap",
+    "take",
+    "to_lanes",
+]
 
 REFERENCE = reference_rules()
 _ON, _INSIDE, _CLOSE, _FACING = 0, 1, 2, 3
@@ -27,6 +43,7 @@ _FIND, _WALK, _POUR = VERB_INDEX["FIND"], VERB_INDEX["WALK"], VERB_INDEX["POUR"]
 _PUTOBJBACK = VERB_INDEX["PUTOBJBACK"]
 _POUR_WATER = len(VERBS)
 _NO_KEY = jnp.iinfo(jnp.int32).max
+_BOTH_CLOSE = (1 << _CLOSE) | (16 << _CLOSE)
 
 
 def _has(word: Array, bit: int) -> Array:
@@ -44,61 +61,102 @@ def _get(values: Array, index: Array, absent: int = 0) -> Array:
     return jnp.where(index >= 0, value, jnp.asarray(absent, values.dtype))
 
 
-def _swap(row: Array) -> Array:
+def swap(bits: Array) -> Array:
     """The four outgoing bits for the four incoming ones and back."""
-    return ((row & 15) << 4) | (row >> 4 & 15)
+    return ((bits & 15) << 4) | (bits >> 4 & 15)
+
+
+def fold(values: Array, combine: Callable[[Array, Array], Array]) -> Array:
+    """Reduces the first axis by halving: elementwise over the others, which a CPU does eight at a
+    time; XLA's own reductions of integers go one by one there (measured: 20 times slower)."""
+    while values.shape[0] > 1:
+        half = values.shape[0] // 2
+        rest = values[2 * half :]
+        values = combine(values[:half], values[half : 2 * half])
+        if rest.shape[0]:
+            values = jnp.concatenate([combine(values[:1], rest), values[1:]])
+    return values[0]
+
+
+def settle(values: Array, state: State) -> Array:
+    """The same values, computed once.
+
+    XLA's CPU compiler fuses a gather or broadcast with what it reads, which is then computed for
+    every reader, and drops optimisation barriers; it does not so with an integer division. The
+    divisor is 1, which the compiler cannot know.
+    """
+    one = (1 + (state.nodes[0] >> 31)).astype(values.dtype)  # no flag uses bit 31
+    return jax.lax.div(values, jnp.broadcast_to(one, values.shape))
+
+
+def _any(bits: Array) -> Array:
+    return fold(bits, jnp.bitwise_or)
+
+
+def _sum(values: Array) -> Array:
+    return fold(values, jnp.add)
+
+
+def to_lanes(row: Array) -> Array:
+    """uint32[N] of bytes as uint32[N/4] of four bytes each, as in `Scene.edges`."""
+    quarter = row.shape[0] // 4
+    parts = [row[k * quarter : (k + 1) * quarter] << (8 * k) for k in range(4)]
+    return parts[0] | parts[1] | parts[2] | parts[3]
+
+
+def from_lanes(lanes: Array) -> Array:
+    """The inverse of `to_lanes`."""
+    return jnp.concatenate([lanes >> (8 * k) & 255 for k in range(4)])
+
+
+def any_byte(lanes: Array) -> Array:
+    """The bits set in any of the bytes of uint32[L, ...]."""
+    word = _any(lanes)
+    word = word | word >> 16
+    return (word | word >> 8) & 255
+
+
+class _Ends(NamedTuple):
+    """The overlay of added edges, unpacked, with what is asked of both ends; -1 for a free slot."""
+
+    source: Array
+    sink: Array
+    bits: Array
+    source_ask: Array
+    sink_ask: Array
+    source_room: Array
+    sink_room: Array
+    source_id: Array
+    sink_id: Array
 
 
 class _View(NamedTuple):
     """What every question to a state needs, computed once a state.
 
-    `source`, `sink`, `relation` unpack the overlay of added edges (source -1 for a free slot);
-    `sink_keys` are the keys of those ends that are rooms. `reach` is the bit mask of rooms that
-    open doors lead to, `ask` the bits of a node's row that answer near, faced, enclosed and laden
-    with food, `on` those that say what is ON it, `own` the character's row; lanes leave out cut
-    edges.
+    `cut` are the cut relations of each node, both directions; `ask` the bits of a node's row that
+    answer near, faced, enclosed and laden with food; lanes leave out cut edges. `room` is the
+    number of the character's room, `reach` and `connected` masks of the rooms that (open) doors
+    lead to, `nearest` the nearest closed door on the way to each room.
     """
 
     cut: Array
     ask: Array
     ask_lanes: Array
     on_lanes: Array
-    own_lanes: Array
-    source: Array
-    sink: Array
-    relation: Array
-    source_ask: Array
-    sink_ask: Array
-    sink_room: Array
-    sink_keys: Array
+    ends: _Ends
     hands: Array
     room: Array
-    room_number: Array
     reach: Array
-    door_closed: Array
+    connected: Array
+    nearest: Array
 
 
 def _modulus(count: Array) -> Array:
-    """Row of `Scene.order` for a set with `count` members."""
-    return sum((count > limit).astype(jnp.int32) for limit in TIE_LIMITS)  # type: ignore[return-value]
-
-
-def _pick(keys: Array) -> Array:
-    """The node with the least key of `Scene.order`, -1 where all are absent."""
-    best = keys.min()
-    return jnp.where(best == _NO_KEY, -1, best & 4095)
-
-
-def _first_hand(flags: Array, hand: int) -> Array:
-    held = _has(flags, hand)
-    first = jnp.argmax(held)
-    return jnp.where(held[first], first, -1).astype(jnp.int32)
-
-
-def _room_of_character(scene: Scene, flags: Array) -> Array:
-    inside = _has(flags, Flag.INSIDE_OUT)
-    keys = scene.order[_modulus(_count(to_lanes(inside.astype(jnp.uint8))))]
-    return _pick(jnp.where(inside & (scene.room >= 0), keys, _NO_KEY))
+    """m - 1 for a set with `count` members."""
+    low, middle, high = TIE_LIMITS
+    return jnp.where(
+        count > low, jnp.where(count > middle, jnp.where(count > high, 511, 127), 31), 7
+    )
 
 
 def _reachable(scene: Scene, start: Array, closed: Array) -> Array:
@@ -107,114 +165,128 @@ def _reachable(scene: Scene, start: Array, closed: Array) -> Array:
     one = jnp.uint32(1)
     bit_a = one << jnp.maximum(a, 0).astype(jnp.uint32)
     bit_b = one << jnp.maximum(b, 0).astype(jnp.uint32)
-    usable = (a >= 0) & ~closed
+    both = jnp.where((a >= 0) & ~closed, bit_a | bit_b, 0)
     reach = jnp.where(start >= 0, one << jnp.maximum(start, 0).astype(jnp.uint32), 0)
     # A room is reached after at most R-1 doors; R and D are small, so the loop unrolls.
     for _ in range(scene.connected.shape[-1] - 1):
         for d in range(a.shape[0]):
-            both = bit_a[d] | bit_b[d]
-            reach = jnp.where(usable[d] & ((reach & both) != 0), reach | both, reach)
+            reach = jnp.where((reach & both[d]) != 0, reach | both[d], reach)
     return reach
+
+
+def _ends(scene: Scene, state: State, ask: Array) -> _Ends:
+    bits = state.added & 255
+    source = (state.added >> 20).astype(jnp.int32)
+    sink = (state.added >> 8 & 4095).astype(jnp.int32)
+    return _Ends(
+        source=jnp.where(bits != 0, source, -1),
+        sink=jnp.where(bits != 0, sink, -1),
+        bits=bits,
+        source_ask=ask[source],
+        sink_ask=ask[sink],
+        source_room=scene.room[source],
+        sink_room=scene.room[sink],
+        source_id=scene.ids[source],
+        sink_id=scene.ids[sink],
+    )
 
 
 def _view(scene: Scene, state: State) -> _View:
     flags = state.nodes
-    cut = ((flags >> 10) & 15).astype(jnp.uint8)
+    cut = flags >> 10 & 15
     cut = cut | cut << 4
-    closed = _has(flags, Flag.CLOSED) & (scene.room < 0)
     near = _has(flags, Flag.CLOSE_OUT)
+    closed = _has(flags, Flag.CLOSED) & (scene.room < 0)
     ask = (
-        jnp.where(near, (1 << _ON) | (1 << (_CLOSE + 4)), 0)
-        | jnp.where(_has(flags, Flag.FACING_OUT), 1 << (_FACING + 4), 0)
-        | jnp.where(closed, 1 << _INSIDE, 0)
-        | jnp.where(_trait(scene.props, Trait.EATABLE), 1 << (_ON + 4), 0)
-    ).astype(jnp.uint8)
-    used = state.added >= 0
-    source = jnp.where(used, state.added >> 16, -1)
-    sink = jnp.where(used, (state.added >> 4) & 4095, -1)
-    hands = jnp.stack([_first_hand(flags, Flag.HOLDS_RH), _first_hand(flags, Flag.HOLDS_LH)])
-    room = _room_of_character(scene, flags)
-    number = _get(scene.room, room, -1)
+        jnp.where(near, jnp.uint32((1 << _ON) | (1 << (_CLOSE + 4))), 0)
+        | jnp.where(_has(flags, Flag.FACING_OUT), jnp.uint32(1 << (_FACING + 4)), 0)
+        | jnp.where(closed, jnp.uint32(1 << _INSIDE), 0)
+        | jnp.where(_trait(scene.props, Trait.EATABLE), jnp.uint32(1 << (_ON + 4)), 0)
+    )
+    place = jnp.arange(1, flags.shape[0] + 1, dtype=jnp.uint32)
+    # A hand holds one thing at most, so "which" is an OR over all.
+    which = _any(
+        jnp.where(_has(flags, Flag.HOLDS_RH), place, 0)
+        | jnp.where(_has(flags, Flag.HOLDS_LH), place << 16, 0)
+    )
+    hands = jnp.stack([which & 0xFFFF, which >> 16]).astype(jnp.int32) - 1
+    inside = flags >> _INSIDE & 1
+    here = _get(inside, scene.room_node) != 0
+    mask = _modulus(_sum(inside))
+    numbers = jnp.arange(here.shape[0])
+    room_ids = _get(scene.ids, scene.room_node)
+    key = fold(jnp.where(here, (room_ids & mask) << 5 | numbers, _NO_KEY), jnp.minimum)
+    room = jnp.where(key == _NO_KEY, -1, key & 31)
     door_closed = _has(_get(flags, scene.door_node), Flag.CLOSED)
+    start = jnp.maximum(room, 0)
+    path = scene.door_path[start]
+    blocked = (path >= 0) & door_closed[path]
+    first = jnp.argmax(blocked, -1)
+    nearest = _get(scene.door_node, jnp.take_along_axis(path, first[:, None], -1)[:, 0], -1)
+    linked = scene.connected[start].astype(jnp.uint32) << numbers.astype(jnp.uint32)
     return _View(
         cut=cut,
         ask=ask,
         ask_lanes=to_lanes(ask & ~cut),
         on_lanes=to_lanes(~cut & (16 << _ON)),
-        own_lanes=to_lanes(flags.astype(jnp.uint8)),
-        source=source,
-        sink=sink,
-        relation=state.added & 15,
-        source_ask=_get(ask, source),
-        sink_ask=_get(ask, sink),
-        sink_room=_get(scene.room, sink, -1),
-        sink_keys=jnp.where(
-            _get(scene.room, sink, -1) >= 0, scene.order[:, jnp.maximum(sink, 0)], _NO_KEY
-        ),
+        ends=_ends(scene, state, ask),
         hands=hands,
         room=room,
-        room_number=number,
-        reach=_reachable(scene, number, door_closed),
-        door_closed=door_closed,
+        reach=_reachable(scene, room, door_closed),
+        connected=jnp.where(room >= 0, _any(linked), 0),
+        nearest=jnp.where(blocked.any(-1), nearest, -1),
     )
 
 
-def _room_of(scene: Scene, state: State, view: _View, node: Array) -> Array:
-    """The room a node is in (itself for a room), -1 for none."""
-    parents = scene.inside[node]
-    base = (parents >= 0) & ~_has(_get(view.cut, parents) | view.cut[node], 1 << _INSIDE)
-    extra = (view.source == node) & (view.relation == _INSIDE)
-    count = base.sum() + extra.sum() + _has(state.nodes[node], Flag.INSIDE_IN)
-    modulus = _modulus(count)
-    keys = scene.order[modulus, jnp.maximum(parents, 0)]
-    keys = jnp.where(base & (_get(scene.room, parents, -1) >= 0), keys, _NO_KEY).min()
-    extra_keys = jnp.where(extra, view.sink_keys[modulus], _NO_KEY).min()
-    room = _pick(jnp.minimum(keys, extra_keys))
-    room = jnp.where(node == scene.character, view.room, room)
-    return jnp.where(scene.room[node] >= 0, node, room)
+class _Things(NamedTuple):
+    """What never changes of M nodes.
+
+    Attributes:
+        node: int32[M], 0 for an absent one; `present` bool[M].
+        lanes: uint32[L, M]. Their rows of `Scene.edges`.
+        props: uint32[M]. sit, lie: int32[M], capacities. room: int32[M], of a room its number.
+        parents, parent_room, parent_id: int32[P, M], what they are initially INSIDE.
+        door_of: uint32[M]. Mask of the rooms that they are a door of.
+    """
+
+    node: Array
+    present: Array
+    lanes: Array
+    props: Array
+    sit: Array
+    lie: Array
+    room: Array
+    parents: Array
+    parent_room: Array
+    parent_id: Array
+    door_of: Array
 
 
-def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
-    """uint8[N]: live edges of a node with every other, the overlay left out (see `Scene.edges`)."""
-    row = scene.edges[node] & ~(view.cut | view.cut[node])
-    row = row.at[scene.character].set(_swap(state.nodes[node]).astype(jnp.uint8))
-    return jnp.where(node == scene.character, state.nodes.astype(jnp.uint8), row)
-
-
-def to_lanes(row: Array) -> Array:
-    """uint8[..., N] as uint32[..., N/4]: on a CPU one word does the work of four bytes."""
-    return jax.lax.bitcast_convert_type(
-        row.reshape(*row.shape[:-1], row.shape[-1] // 4, 4), jnp.uint32
+def _things(scene: Scene, nodes: Array) -> _Things:
+    present = (nodes >= 0) & (_get(scene.ids, nodes, -1) >= 0)
+    node = jnp.maximum(nodes, 0)
+    props = scene.props[node]
+    parents = scene.inside[node].T
+    mine = (scene.door_node[:, None] == node) & (scene.door_node >= 0)[:, None]
+    between = _any(jnp.where(mine, scene.door_between[:, None], 0))
+    return _Things(
+        node=node,
+        present=present,
+        lanes=scene.edges[node].T,
+        props=props,
+        sit=scene.sit_capacity[node],
+        lie=scene.lie_capacity[node],
+        room=scene.room[node],
+        parents=parents,
+        parent_room=_get(scene.room, parents, -1),
+        parent_id=_get(scene.ids, parents),
+        door_of=jnp.where(_trait(props, Trait.DOOR), between, 0),
     )
 
 
-def _fold(lanes: Array, combine: Callable[[Array, Array], Array]) -> Array:
-    """Reduces the last axis by halving; XLA's own reduction of small integers is not vectorised on
-    a CPU (measured: 20 times slower)."""
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        rest = lanes[..., 2 * half :]
-        lanes = combine(lanes[..., :half], lanes[..., half : 2 * half])
-        if rest.shape[-1]:
-            lanes = jnp.concatenate([combine(lanes[..., :1], rest), lanes[..., 1:]], -1)
-    return lanes[..., 0]
-
-
-def any_bits(lanes: Array) -> Array:
-    """uint8[...]: the bits set in any of the bytes of uint32[..., L]."""
-    word = _fold(lanes, jnp.bitwise_or)
-    word = word | word >> 16
-    return (word | word >> 8).astype(jnp.uint8)
-
-
-def _count(lanes: Array) -> Array:
-    """int32[...]: how many bits are set in uint32[..., L]."""
-    return _fold(jax.lax.population_count(lanes), jnp.add).astype(jnp.int32)
-
-
-def _or(bits: Array) -> Array:
-    """The bits set in any entry of uint8[X], X a small number."""
-    return _fold(bits, jnp.bitwise_or)
+def _own(flags: Array) -> Array:
+    """uint32[N]: the character's row of edges, from its own end."""
+    return flags & 255
 
 
 def _pack(facts: Mapping[Check, Array], word: int) -> Array:
@@ -227,45 +299,64 @@ def _pack(facts: Mapping[Check, Array], word: int) -> Array:
     return total
 
 
-def _object_facts(scene: Scene, state: State, view: _View, node: Array) -> tuple[Array, Array]:
-    """Facts about a node as first argument (word 1) and as second (part of word 2)."""
-    present = (node >= 0) & (_get(scene.ids, node, -1) >= 0)
-    node = jnp.maximum(node, 0)
-    flags, props = state.nodes[node], scene.props[node]
+def _facts(scene: Scene, state: State, view: _View, things: _Things) -> tuple[Array, Array, Array]:
+    """Facts about nodes as first argument (word 1) and as second (part of word 2), and the number
+    of the room they are in, -1 for none. All [M]."""
+    node, props = things.node, things.props
+    flags, cut = state.nodes[node], view.cut[node]
     mine = node == scene.character
-    lanes = jnp.where(mine, view.own_lanes, to_lanes(scene.edges[node]))
-    alive = jnp.where(mine, jnp.uint8(255), ~view.cut[node])
-    to_me = jnp.where(mine, jnp.uint8(0), _swap(flags).astype(jnp.uint8))
-    from_node = (view.source == node) & (view.relation < 4)
-    to_node = (view.sink == node) & (view.relation < 4)
-    shift = view.relation.astype(jnp.uint8)
-    ask = jnp.where(mine, to_lanes(view.ask), view.ask_lanes)
-    hit = (any_bits(lanes & ask) & alive) | (to_me & view.ask[scene.character])
-    hit |= _or(jnp.where(from_node, (jnp.uint8(1) << shift) & view.sink_ask, 0))
-    hit |= _or(jnp.where(to_node, (jnp.uint8(16) << shift) & view.source_ask, 0))
-    on = jnp.where(mine, jnp.uint32(0x10101010), view.on_lanes)
-    laden = jnp.where(_has(alive, 16 << _ON), _count(lanes & on), 0)
-    laden += _has(to_me, 16 << _ON).astype(jnp.int32)
-    laden += (to_node & (view.relation == _ON)).sum()
+    me = scene.character
+    to_me = jnp.where(mine, 0, swap(flags & 255))
+
+    # Edges that the scene has from the start, as far as they are not cut.
+    hit = any_byte(things.lanes & view.ask_lanes[:, None]) & ~cut
+    on_it = _sum(jax.lax.population_count(things.lanes & view.on_lanes[:, None]))
+    laden = jnp.where(_has(cut, 16 << _ON), 0, on_it).astype(jnp.int32)
+    # The character's own edges stand in the flags of the others.
+    own = _own(state.nodes)
+    own_hit = any_byte(to_lanes(own & view.ask))
+    own_laden = _sum(own >> 4 & 1).astype(jnp.int32)
+    hit = jnp.where(mine, own_hit, hit) | (to_me & view.ask[me])
+    laden = jnp.where(mine, own_laden, laden) + (to_me >> 4 & 1).astype(jnp.int32)
+    # Edges added later.
+    ends = view.ends
+    first, second = ends.source[:, None] == node, ends.sink[:, None] == node
+    edge = jnp.where(first, ends.bits[:, None], 0) | jnp.where(second, swap(ends.bits)[:, None], 0)
+    hit |= _any(edge & jnp.where(first, ends.sink_ask[:, None], ends.source_ask[:, None]))
+    counts = _sum((edge >> (_ON + 4) & 1) | (edge >> _INSIDE & 1) << 16)
+    laden += (counts & 0xFFFF).astype(jnp.int32)
+
+    parents = things.parents
+    live = (parents >= 0) & ~_has(_get(view.cut, parents) | cut, 1 << _INSIDE)
+    members = (counts >> 16).astype(jnp.int32) + _sum(live.astype(jnp.int32))
+    mask = settle(_modulus(members + _has(flags, Flag.INSIDE_IN)), state)
+    key = jnp.where(
+        live & (things.parent_room >= 0),
+        (things.parent_id & mask) << 5 | things.parent_room,
+        _NO_KEY,
+    )
+    far_room = jnp.where(first, ends.sink_room[:, None], ends.source_room[:, None])
+    far_id = jnp.where(first, ends.sink_id[:, None], ends.source_id[:, None])
+    into = _has(edge, 1 << _INSIDE) & (far_room >= 0)
+    added = jnp.where(into, (far_id & mask) << 5 | far_room, _NO_KEY)
+    key = jnp.minimum(fold(key, jnp.minimum), fold(added, jnp.minimum))
+    room = jnp.where(key == _NO_KEY, -1, key & 31)
+    room = jnp.where(mine, view.room, room)
+    room = jnp.where(things.room >= 0, things.room, room)
+
     near = _has(flags, Flag.CLOSE_OUT) | _has(hit, (1 << _ON) | (1 << (_CLOSE + 4)))
-    room = _room_of(scene, state, view, node)
-    number = _get(scene.room, room, -1)
-    resting = _has(state.nodes[scene.character], Flag.SITTING | Flag.LYING)
+    resting = _has(state.nodes[me], Flag.SITTING | Flag.LYING)
     facing = _has(flags, Flag.FACING_OUT)
-    own_door = _own_door(scene, view, node, props)
-    path = scene.door_path[jnp.maximum(view.room_number, 0), jnp.maximum(number, 0)]
-    blocked = (path >= 0) & view.door_closed[path]
-    nearest = _get(scene.door_node, path[jnp.argmax(blocked)])
-    reached = _has(view.reach >> jnp.maximum(number, 0).astype(jnp.uint32), 1)
+    there = jnp.maximum(room, 0).astype(jnp.uint32)
+    here = jnp.maximum(view.room, 0).astype(jnp.uint32)
+    own_door = (view.room >= 0) & _has(things.door_of >> here, 1)
     edible = _trait(props, Trait.EATABLE)
-    open_enough = _has(flags, Flag.OPEN) | ~_trait(props, Trait.CAN_OPEN)
-    held = _has(flags, Flag.HOLDS_RH | Flag.HOLDS_LH)
     facts = {
         Check.NEAR: near,
         Check.ACCESSIBLE: ~_has(hit, 1 << _INSIDE),
-        Check.HELD: held,
-        Check.SEAT_FREE: laden < scene.sit_capacity[node],
-        Check.BED_FREE: laden < scene.lie_capacity[node],
+        Check.HELD: _has(flags, Flag.HOLDS_RH | Flag.HOLDS_LH),
+        Check.SEAT_FREE: laden < things.sit,
+        Check.BED_FREE: laden < things.lie,
         Check.IS_OPEN: _has(flags, Flag.OPEN),
         Check.IS_CLOSED: _has(flags, Flag.CLOSED),
         Check.IS_ON: _has(flags, Flag.SWITCHED_ON),
@@ -282,25 +373,17 @@ def _object_facts(scene: Scene, state: State, view: _View, node: Array) -> tuple
         Check.FOOD_OR_LADEN: edible | (laden > 0),
         Check.FOOD: edible | _has(hit, 1 << (_ON + 4)),
         Check.HAS_ROOM: room >= 0,
-        Check.CONNECTED: own_door | scene.connected[view.room_number, number],
-        Check.DOORS_OPEN: own_door | reached | (blocked.any() & (nearest == node)),
-        Check.PRESENT: present,
+        Check.CONNECTED: own_door | _has(view.connected >> there, 1),
+        Check.DOORS_OPEN: own_door | _has(view.reach >> there, 1) | (view.nearest[there] == node),
+        Check.PRESENT: things.present,
     }
     target = {
         Check.TARGET_NEAR: near,
-        Check.TARGET_OPEN: open_enough,
+        Check.TARGET_OPEN: _has(flags, Flag.OPEN) | ~_trait(props, Trait.CAN_OPEN),
         Check.TARGET_RECIPIENT: _trait(props, Trait.RECIPIENT),
-        Check.TARGET_PRESENT: present,
+        Check.TARGET_PRESENT: things.present,
     }
-    return _pack(facts, 1), _pack(target, 2)
-
-
-def _own_door(scene: Scene, view: _View, node: Array, props: Array) -> Array:
-    """Whether a node is a door or doorjamb of the character's room."""
-    mine = (scene.door_node == node) & (scene.door_node >= 0)
-    rooms = jnp.where(mine, scene.door_between, 0).max()
-    here = _has(rooms >> jnp.maximum(view.room_number, 0).astype(jnp.uint32), 1)
-    return _trait(props, Trait.DOOR) & (view.room_number >= 0) & here
+    return _pack(facts, 1), _pack(target, 2), room
 
 
 def _character_facts(scene: Scene, state: State, view: _View) -> Array:
@@ -334,8 +417,98 @@ def _resolve(verb: Array, props: Array, about: Array, character: Array) -> Array
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
-def legal(scene: Scene, state: State, actions: ActionTable, rules: Rules = REFERENCE) -> Array:
+class Table(NamedTuple):
+    """An action table with what never changes of its objects, see `ground`.
+
+    Attributes:
+        actions: the table.
+        things: its M objects.
+        need: uint32[A, 2]. Facts that must hold, without those that never change.
+        possible: bool[A]. Whether the facts that never change allow it.
+    """
+
+    actions: ActionTable
+    things: _Things
+    need: Array
+    possible: Array
+
+
+class Look(NamedTuple):
+    """What `look` has seen of a state: what is legal, and what `take` needs besides.
+
+    Attributes:
+        legal: bool[A].
+        about, room: uint32[M], int32[M]. Facts about the table's objects and rooms they are in.
+        character: uint32[]. Facts about the character.
+    """
+
+    legal: Array
+    about: Array
+    room: Array
+    character: Array
+    view: _View
+
+
+def ground(scene: Scene, actions: ActionTable, rules: Rules = REFERENCE) -> Table:
+    """What never changes of a table's objects; to be computed once, outside of loops over states.
+
+    Args:
+        scene: one scene.
+        actions: table of A actions over M objects.
+        rules: rule set.
+    """
+    scene, actions = jax.tree.map(jnp.asarray, (scene, actions))
+    things = _things(scene, actions.objects)
+    need = jnp.asarray(rules.need)[actions.verb]
+    possible = (_get(scene.props, actions.obj) & need[:, 0]) == need[:, 0]
+    return Table(actions, things, need[:, 1:], possible & actions.mask)
+
+
+def look(
+    scene: Scene, state: State, table: Table, rules: Rules = REFERENCE, *, returns: bool = True
+) -> Look:
     """Which actions of a table the world would accept.
+
+    Args:
+        scene, state: one scene and state.
+        table: what `ground` gave, with the same rules.
+        rules: rule set.
+        returns: False if the table has no PUTOBJBACK; its destinations are not in the table and
+            cost two further objects.
+    """
+    view = _view(scene, state)
+    about, as_target, room = _facts(scene, state, view, table.things)
+    character = _character_facts(scene, state, view)
+    walk = jnp.asarray(rules.need[_WALK])
+    can_walk = ((about & walk[1]) == walk[1]) & ((character & walk[2]) == walk[2])
+    stays = _stays(table.things.props, about, character)
+    findable = jnp.where(stays, _has(about, 1 << (Check.NEAR - 32)), can_walk)
+    about |= jnp.where(findable, jnp.uint32(1 << (Check.FINDABLE - 32)), 0)
+    if returns:
+        back = _returnable(scene, state, view, table.things.node)
+        about |= jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
+    # Else XLA would compute the facts anew for every action that asks for them.
+    about, as_target = settle(about, state), settle(as_target, state)
+    actions = table.actions
+    first = jnp.where(actions.obj >= 0, about[actions.obj_slot], 0)
+    second = jnp.where(actions.target >= 0, as_target[actions.target_slot], 0) | character
+    need = table.need
+    met = ((first & need[:, 0]) == need[:, 0]) & ((second & need[:, 1]) == need[:, 1])
+    return Look(met & table.possible, about, room, character, view)
+
+
+def _returnable(scene: Scene, state: State, view: _View, nodes: Array) -> Array:
+    """bool[M]: whether the place that a held node came from takes it back."""
+    stored = _get(state.grabbed, view.hands, -1).astype(jnp.int32)
+    origins = _things(scene, jnp.where(stored >= 0, stored >> 2, -1))
+    _, origin, _ = _facts(scene, state, view, origins)
+    near = _has(origin, 1 << (Check.TARGET_NEAR - 64))
+    takes = near & (((stored & 3) != _INSIDE) | _has(origin, 1 << (Check.TARGET_OPEN - 64)))
+    return ((nodes[:, None] == view.hands) & takes & (stored >= 0)).any(-1)
+
+
+def legal(scene: Scene, state: State, actions: ActionTable, rules: Rules = REFERENCE) -> Array:
+    """Which actions of a table the world would accept; for one state, see `look` for many.
 
     Args:
         scene, state: one scene and state.
@@ -346,103 +519,27 @@ def legal(scene: Scene, state: State, actions: ActionTable, rules: Rules = REFER
         bool[A]; padding is False.
     """
     scene, state, actions = jax.tree.map(jnp.asarray, (scene, state, actions))
-    view = _view(scene, state)
-    # PUTOBJBACK's destination is not in the table: it is where the held object came from.
-    stored = _get(state.grabbed, view.hands, -1).astype(jnp.int32)
-    nodes = jnp.concatenate([actions.objects, jnp.where(stored >= 0, stored >> 2, -1)])
-    about, as_target = jax.vmap(lambda node: _object_facts(scene, state, view, node))(nodes)
-    character = _character_facts(scene, state, view)
-    named = actions.objects.shape[0]
-    about, origin = about[:named], as_target[named:]
-    about = _sum_up(scene, view, rules, actions.objects, about, character, stored, origin)
-    need = jnp.asarray(rules.need)[actions.verb]
-    first = jnp.where(actions.obj >= 0, about[actions.obj_slot], 0)
-    second = jnp.where(actions.target >= 0, as_target[actions.target_slot], 0) | character
-    traits_met = (_get(scene.props, actions.obj) & need[:, 0]) == need[:, 0]
-    met = ((first & need[:, 1]) == need[:, 1]) & ((second & need[:, 2]) == need[:, 2])
-    return traits_met & met & actions.mask
+    return look(scene, state, ground(scene, actions, rules), rules).legal
 
 
-def _sum_up(
-    scene: Scene,
-    view: _View,
-    rules: Rules,
-    nodes: Array,
-    about: Array,
-    character: Array,
-    stored: Array,
-    origin: Array,
-) -> Array:
-    """Facts about nodes with FINDABLE and RETURNABLE filled in.
+def take(
+    scene: Scene, state: State, table: Table, seen: Look, action: Array, rules: Rules = REFERENCE
+) -> State:
+    """The state after a legal action of a table; what follows an illegal one is undefined.
 
     Args:
-        nodes, about: int32[M] and uint32[M], nodes and their facts.
-        character: facts of the character.
-        stored, origin: int32[2] and uint32[2], where the held objects came from, its facts.
+        scene, state, table, rules: as given to `look`.
+        seen: what it returned.
+        action: int32[] row of the table.
     """
-    walk = jnp.asarray(rules.need[_WALK])
-    can_walk = ((about & walk[1]) == walk[1]) & ((character & walk[2]) == walk[2])
-    stays = _stays(_get(scene.props, nodes), about, character)
-    findable = jnp.where(stays, _has(about, 1 << (Check.NEAR - 32)), can_walk)
-    near = _has(origin, 1 << (Check.TARGET_NEAR - 64))
-    takes = near & (((stored & 3) != _INSIDE) | _has(origin, 1 << (Check.TARGET_OPEN - 64)))
-    back = ((nodes[:, None] == view.hands) & takes & (stored >= 0)).any(-1)
-    about |= jnp.where(findable, jnp.uint32(1 << (Check.FINDABLE - 32)), 0)
-    return about | jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
-
-
-def _origin(scene: Scene, state: State, view: _View, row: Array, node: Array) -> Array:
-    """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
-    among those it is ON, then INSIDE, then CLOSE to."""
-    found = jnp.int32(-1)
-    for relation in (_CLOSE, _INSIDE, _ON):
-        extra = (view.relation == relation) & (view.source == node)
-        at = jnp.where(extra, view.sink, scene.ids.shape[0])
-        members = _has(row, 1 << relation).at[at].set(True, mode="drop")
-        modulus = _modulus(_count(to_lanes(members.astype(jnp.uint8))))
-        keys = jnp.where(members & (scene.room < 0), scene.order[modulus], _NO_KEY)
-        y = _pick(keys)
-        found = jnp.where(y >= 0, y * 4 + relation, found)
-    return found
-
-
-def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
-    """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
-    it is INSIDE, all body parts, and everything ON it if it is a surface."""
-    surface = _trait(scene.props[node], Trait.SURFACE)
-    here = jnp.arange(row.shape[0])
-    container = _has(row, 1 << _INSIDE) & (scene.room < 0) & (here != scene.character)
-    container &= node != scene.character  # its own INSIDE edges are gone before this is asked
-    on_it = _has(row, 1 << (_ON + 4)) & surface
-    boxes = (view.source == node) & (view.relation == _INSIDE) & (view.sink_room < 0)
-    things = (view.sink == node) & (view.relation == _ON) & surface
-    at = jnp.where(boxes, view.sink, jnp.where(things, view.source, row.shape[0]))
-    near = (container | on_it).at[at].set(True, mode="drop")
-    return near | _trait(scene.props, Trait.BODY_PART)
-
-
-def _added(
-    state: State, view: _View, cut: Array, gone: Array, links: list[tuple[Array, Array]]
-) -> tuple[Array, Array]:
-    """The overlay after a step.
-
-    Args:
-        cut: int32[2]. Nodes all of whose edges of the relations in `gone` are deleted, or -1.
-        gone: bit mask of relations.
-        links: (packed edge, whether it is to be added). None of them may exist already.
-
-    Returns:
-        The overlay and whether an edge found no free slot.
-    """
-    touched = ((view.source[:, None] == cut) | (view.sink[:, None] == cut)).any(-1)
-    kept = jnp.where(touched & _has(gone >> view.relation, 1), -1, state.added)
-    free = kept < 0
-    rank = jnp.cumsum(free) - 1
-    position = jnp.int32(0)
-    for code, wanted in links:
-        kept = jnp.where(free & wanted & (rank == position), code, kept)
-        position = position + wanted
-    return kept, position > free.sum()
+    actions = table.actions
+    verb, obj, target = actions.verb[action], actions.obj[action], actions.target[action]
+    slot = actions.obj_slot[action]
+    stored = _get(state.grabbed, obj, -1).astype(jnp.int32)
+    target = jnp.where(verb == _PUTOBJBACK, stored >> 2, target)
+    row = _resolve(verb, _get(scene.props, obj), seen.about[slot], seen.character)
+    effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
+    return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot])
 
 
 def step(
@@ -466,21 +563,110 @@ def step(
     stored = _get(state.grabbed, obj, -1).astype(jnp.int32)
     put_back = verb == _PUTOBJBACK
     target = jnp.where(put_back & (stored >= 0), stored >> 2, target)
-    about, _ = _object_facts(scene, state, view, obj)
-    _, as_target = _object_facts(scene, state, view, target)
+    things = _things(scene, jnp.stack([obj, target]))
+    abouts, targets, rooms = _facts(scene, state, view, things)
+    about, as_target = abouts[0], targets[1]
     character = _character_facts(scene, state, view)
     props = _get(scene.props, obj)
-    row_index = _resolve(verb, props, about, character)
+    row = _resolve(verb, props, about, character)
     put_open = ((stored & 3) != _INSIDE) | _has(as_target, 1 << (Check.TARGET_OPEN - 64))
     about |= jnp.where(put_open, jnp.uint32(1 << (Check.PUT_OPEN - 32)), 0)
     words = jnp.stack([props, about, as_target | character])
-    order = jnp.asarray(rules.order)[row_index]
+    order = jnp.asarray(rules.order)[row]
     failed = (order >= 0) & ~_has(words[order // 32] >> (order % 32).astype(jnp.uint32), 1)
     code = jnp.where(failed.any(), order[jnp.argmax(failed)] + 1, 0)
-    effect = Effect(*(jnp.asarray(column)[row_index] for column in rules.effects))
-    after = _apply(scene, state, view, effect, obj, target, stored)
+    effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
+    after = _apply(scene, state, view, effect, obj, target, stored, rooms[0])
     after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
+
+
+def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
+    """uint32[N]: live edges of a node with every other, the overlay left out."""
+    row = from_lanes(scene.edges[node]) & ~(view.cut | view.cut[node])
+    row = jnp.where(jnp.arange(row.shape[0]) == scene.character, swap(state.nodes[node]), row)
+    return jnp.where(node == scene.character, _own(state.nodes), row)
+
+
+def _far(view: _View, node: Array) -> tuple[Array, Array]:
+    """Far ends int32[X] and bits uint32[X] of added edges, as seen from a node; 0 for none."""
+    ends = view.ends
+    first, second = ends.source == node, ends.sink == node
+    bits = jnp.where(first, ends.bits, 0) | jnp.where(second, swap(ends.bits), 0)
+    return jnp.where(first, ends.sink, ends.source), bits
+
+
+def _origin(scene: Scene, view: _View, row: Array, node: Array) -> Array:
+    """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
+    among those it is ON, then INSIDE, then CLOSE to."""
+    far, bits = _far(view, node)
+    thing = scene.room < 0
+    far_thing = (_get(scene.room, far) < 0) & (bits != 0)
+    kinds = _any(jnp.where(thing, row, 0)) | _any(jnp.where(far_thing, bits, 0))
+    relation = jnp.where(
+        _has(kinds, 1 << _ON), _ON, jnp.where(_has(kinds, 1 << _INSIDE), _INSIDE, _CLOSE)
+    )
+    shift = relation.astype(jnp.uint32)
+    member, far_member = row >> shift & 1, bits >> shift & 1
+    mask = _modulus((_sum(member) + _sum(far_member)).astype(jnp.int32))
+    key = jnp.where((member != 0) & thing, (scene.ids & mask) << 12 | scene.rank, _NO_KEY)
+    far_key = (_get(scene.ids, far) & mask) << 12 | _get(scene.rank, far)
+    far_key = jnp.where((far_member != 0) & far_thing, far_key, _NO_KEY)
+    best = jnp.minimum(fold(key, jnp.minimum), fold(far_key, jnp.minimum))
+    return jnp.where(best == _NO_KEY, -1, scene.by_rank[best & 4095] * 4 + relation)
+
+
+def _close_by(scene: Scene, view: _View, row: Array, node: Array) -> Array:
+    """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
+    it is INSIDE, all body parts, and everything ON it if it is a surface."""
+    surface = _trait(scene.props[node], Trait.SURFACE)
+    here = jnp.arange(row.shape[0])
+    container = _has(row, 1 << _INSIDE) & (scene.room < 0) & (here != scene.character)
+    container &= node != scene.character  # its own INSIDE edges are gone before this is asked
+    near = container | (_has(row, 1 << (_ON + 4)) & surface)
+    far, bits = _far(view, node)
+    wanted = _has(bits, 1 << _INSIDE) & (_get(scene.room, far) < 0)
+    wanted |= _has(bits, 1 << (_ON + 4)) & surface
+    # As words of 32 nodes first: fewer comparisons than one for every node.
+    words = jnp.arange(here.shape[0] // 32)
+    bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
+    marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
+    near |= (jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1) != 0
+    return near | _trait(scene.props, Trait.BODY_PART)
+
+
+def _added(
+    added: Array, view: _View, cut: Array, gone: Array, links: list[tuple[Array, Array, Array]]
+) -> tuple[Array, Array]:
+    """The overlay after a step.
+
+    Args:
+        added: `State.added`.
+        cut: int32[2]. Nodes all of whose edges of the relations in `gone` are deleted, or -2.
+        gone: uint32[] bits of relations, both directions.
+        links: (source, sink, bits) of edges to be added; no bits for none.
+
+    Returns:
+        The overlay and whether an edge found no free slot.
+    """
+    ends = view.ends
+    touched = ((ends.source[:, None] == cut) | (ends.sink[:, None] == cut)).any(-1)
+    bits = jnp.where(touched, ends.bits & ~gone, ends.bits)
+    slots = jnp.arange(bits.shape[0])
+    pair, overflow = added >> 8, jnp.zeros((), bool)
+    for source, sink, new in links:
+        # Both orientations of a pair share one slot.
+        one, other = source.astype(jnp.uint32), sink.astype(jnp.uint32)
+        along = (pair == (one << 12 | other)) & (bits != 0)
+        against = (pair == (other << 12 | one)) & (bits != 0) & ~along
+        known = _any(along | against)
+        free = fold(jnp.where(bits == 0, slots, slots.size), jnp.minimum)
+        fresh = ~known & (new != 0)
+        overflow |= fresh & (free == slots.size)
+        here = fresh & (slots == free)
+        bits |= jnp.where(along | here, new, jnp.where(against, swap(new), 0))
+        pair = jnp.where(here, one << 12 | other, pair)
+    return jnp.where(bits != 0, pair << 8 | bits, 0), overflow
 
 
 def _apply(
@@ -491,24 +677,26 @@ def _apply(
     obj: Array,
     target: Array,
     stored: Array,
+    obj_room: Array,
 ) -> State:
-    """The state after an accepted action."""
+    """The state after an accepted action; `obj_room` is the number of the first argument's room."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
     row = _row(scene, state, view, node)
     here = jnp.arange(row.shape[0])
     is_node = (here == node) & (obj >= 0)
     is_other = (here == other) & (target >= 0)
     carried = (here == view.hands[0]) | (here == view.hands[1])
-    origin = _origin(scene, state, view, row, node)
+    origin = _origin(scene, view, row, node)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
-    linked = link >= 0
-    to_character = linked & (other == scene.character)
+    bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
+    bond |= jnp.where((link >= 0) & effect.link_close, jnp.uint32(_BOTH_CLOSE), 0)
+    to_character = other == scene.character
 
     def bits(where: Array, flags: Array | int) -> Array:
         return jnp.where(where, jnp.asarray(flags, jnp.uint32), jnp.uint32(0))
 
     close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
-    room = jnp.where(effect.walk, _room_of(scene, state, view, node), -1)
+    room = jnp.where(effect.walk, _get(scene.room_node, obj_room, -1), -1)
     near = effect.walk & (_close_by(scene, view, row, node) | carried)
     near |= effect.take & (origin >= 0) & (here == origin >> 2)
     hand = jnp.where(view.hands[0] < 0, Flag.HOLDS_RH.value, Flag.HOLDS_LH.value)
@@ -522,53 +710,33 @@ def _apply(
     flags |= bits(effect.face & _has(row, 1 << _FACING), Flag.FACING_OUT)
     flags |= bits(effect.walk & (here == room), Flag.INSIDE_OUT)
     flags |= bits(effect.walk & carried, Flag.CUT_INSIDE | Flag.CUT_CLOSE | Flag.CUT_FACING)
-    flags |= bits(is_node & to_character, jnp.uint32(16) << jnp.maximum(link, 0).astype(jnp.uint32))
-    flags |= bits(is_node & to_character & effect.link_close, close)
+    flags |= bits(is_node & to_character, swap(bond))
     # The character's own entry holds its edges to itself, seen from both ends.
     own = flags & 15
     flags = jnp.where(here == scene.character, (flags & ~jnp.uint32(0xF0)) | own << 4, flags)
 
-    links = _links(view, effect, row, node, other, link, linked & ~to_character)
-    gone = jnp.where(effect.walk, 0b1110, jnp.where(effect.take, 0b0111, 0))
+    come_from = _get(scene.room_node, view.room, -1)
+    inside = jnp.uint32(1 << _INSIDE)
+    # What a step links: its arguments, or its first argument and the room; or, walking, what is
+    # carried and the room that the character comes from.
+    put = bond != 0
+    bond = jnp.where(to_character, 0, bond & ~row[other])
+    bond = jnp.where(node == other, bond & 15, bond)
+    into = effect.into_room & (come_from >= 0)
+    into &= effect.take | ~_has(_get(row, come_from), 1 << _INSIDE)
+    right, left = view.hands
+    walks = effect.walk & (come_from >= 0)
+    first = (
+        jnp.where(walks, right, node),
+        jnp.where(put, other, come_from),
+        jnp.where(put, bond, jnp.where(into | (walks & (right >= 0)), inside, 0)),
+    )
+    second = (left, come_from, jnp.where(walks & (left >= 0) & (left != right), inside, 0))
+    gone = jnp.where(effect.walk, 0b1110, jnp.where(effect.take, 0b0111, 0)).astype(jnp.uint32)
     cut = jnp.where(effect.walk, view.hands, jnp.stack([node, jnp.int32(-1)]))
-    cut = jnp.where(cut >= 0, cut, -2)
-    added, overflow = _added(state, view, cut, gone, links)
+    added, overflow = _added(
+        state.added, view, jnp.where(cut >= 0, cut, -2), gone | gone << 4, [first, second]
+    )
     grabbed = jnp.where(is_node & effect.forget, -1, state.grabbed)
     grabbed = jnp.where(is_node & effect.take & (origin >= 0), origin, grabbed)
     return State(flags, added, grabbed.astype(jnp.int16), state.overflow | overflow)
-
-
-def _links(
-    view: _View,
-    effect: Effect,
-    row: Array,
-    node: Array,
-    other: Array,
-    link: Array,
-    linked: Array,
-) -> list[tuple[Array, Array]]:
-    """Edges between objects that a step adds, packed, and whether each is new."""
-
-    def exists(source: Array, relation: Array, sink: Array) -> Array:
-        return ((view.source == source) & (view.relation == relation) & (view.sink == sink)).any()
-
-    def pack(source: Array, relation: Array | int, sink: Array) -> Array:
-        return source << 16 | sink << 4 | relation
-
-    relation = jnp.maximum(link, 0)
-    bond = linked & effect.link_close
-    out = row[other]
-    candidates = [
-        (node, relation, other, linked & ~_has(out >> relation.astype(jnp.uint8), 1)),
-        (node, jnp.int32(_CLOSE), other, bond & (link != _CLOSE) & ~_has(out, 1 << _CLOSE)),
-        (other, jnp.int32(_CLOSE), node, bond & (node != other) & ~_has(out, 16 << _CLOSE)),
-    ]
-    into = effect.into_room & (view.room >= 0)
-    there = ~effect.take & _has(_get(row, view.room), 1 << _INSIDE)
-    candidates.append((node, jnp.int32(_INSIDE), view.room, into & ~there))
-    links = [(pack(a, r, b), new & (effect.take | ~exists(a, r, b))) for a, r, b, new in candidates]
-    first, second = view.hands
-    for hand, held in ((first, first >= 0), (second, (second >= 0) & (second != first))):
-        # Carrying leaves a thing INSIDE the room that the character comes from.
-        links.append((pack(hand, _INSIDE, view.room), effect.walk & held & (view.room >= 0)))
-    return links

@@ -132,7 +132,9 @@ def test_relaxed_plans_shrink_to_nothing_on_the_way(tasks):
     """Against proved optima: the estimate is 0 at the goal and only there, near the truth at the
     start, and most steps of the optimal plan are among those that it calls helpful."""
     step = jax.jit(WORLD.step)
-    estimate = jax.jit(lambda task, here: relaxed_plan(task, here.state, here.held))
+    estimate = jax.jit(
+        lambda task, here: relaxed_plan(task.scene, task.actions, task.goal, here.state, here.held)
+    )
     for task in tasks:
         here = begin(task)
         least = best_first(WORLD, task, here, identity=same_state, limit=4000)
@@ -161,7 +163,9 @@ def test_estimate_counts_what_has_to_be_done():
         scene, state, encode_goal(goal, names, nodes=32), encode_actions(table, names.index)
     )
     task = jax.tree.map(jnp.asarray, task)
-    relaxed = jax.jit(relaxed_plan)(task, task.state, jnp.zeros(1, bool))
+    relaxed = jax.jit(relaxed_plan)(
+        task.scene, task.actions, task.goal, task.state, jnp.zeros(1, bool)
+    )
     assert float(relaxed.steps) == 5
     named = {(a.verb, a.obj) for a, ok in zip(table, relaxed.helpful, strict=True) if ok}
     assert {("OPEN", 4), ("GRAB", 3), ("PUTBACK", 3)} <= named

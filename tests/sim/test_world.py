@@ -143,7 +143,7 @@ def test_padding_never_matters(home, walk):
 
 def test_an_edge_without_room_is_reported(home):
     graph = home_graph("cottage")
-    scene, state, names = encode(graph, Sizes(nodes=64, doors=2, rooms=3, parents=2, added=3))
+    scene, state, names = encode(graph, Sizes(nodes=64, doors=2, rooms=3, parents=2, added=1))
     plan = "Walk to kitchen counter. Grab bread. Walk to table. Put bread on table."
     for line in parse_english(plan):
         state, code = STEP(scene, state, *bind(scene, state, names, line))
