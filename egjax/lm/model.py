@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from egjax.lm.cache import Cache, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
+from egjax.losses import Head
 
-__all__ = ["Trunk", "forward", "rms_norm", "rope_angles", "rotate", "trunk", "unembed"]
+__all__ = ["Trunk", "forward", "head", "rms_norm", "rope_angles", "rotate", "trunk", "unembed"]
 
 Array = jax.Array
 Rope = tuple[Array, Array]
@@ -165,6 +166,18 @@ def unembed(params: Params, config: LlamaConfig, final: Array) -> Array:
     if config.tie_embeddings:
         return _einsum("...d,vd->...v", final, params["embedding"], jnp.float32)
     return _einsum("...d,dv->...v", final, params["unembedding"], jnp.float32)
+
+
+def head(params: Params, config: LlamaConfig, final: Array) -> Head:
+    """What `unembed` multiplies, for losses in chunks (`egjax.losses.chunked`).
+
+    Args:
+        params: see `egjax.lm.params`.
+        config: the model.
+        final: [..., D], normed outputs of the trunk.
+    """
+    name = "embedding" if config.tie_embeddings else "unembedding"
+    return Head(final, params[name], tied=config.tie_embeddings)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -6,10 +6,14 @@ of a KL is not an estimate of its gradient. Mixtures are taken in log space.
 A teacher may leave tokens out (log-probability -inf), as `behaviour_ratio` does with a plausible
 set. Forward KL, JSD and the skewed forms are finite there by themselves. Reverse KL is infinite as
 soon as the student gives such a token any mass; it has the argument `floor` for them.
+
+Each divergence is written once, as what a single token v adds to the sum (`*_terms`): the functions
+here sum it over whole arrays of logits, `egjax.losses.chunked` over a few rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,33 +22,95 @@ import jax.numpy as jnp
 from egjax.losses.reductions import masked_log_softmax
 
 __all__ = [
+    "Terms",
     "forward_kl",
+    "forward_kl_terms",
     "generalised_jsd",
+    "generalised_jsd_terms",
     "reverse_kl",
+    "reverse_kl_terms",
     "skewed_forward_kl",
+    "skewed_forward_kl_terms",
     "skewed_reverse_kl",
+    "skewed_reverse_kl_terms",
+    "student_logps",
+    "teacher_logps",
 ]
 
 Array = jax.Array
 
+# (student, teacher), log-probabilities [..., V] -> what each token adds to the divergence,
+# [..., V]. Elementwise; the teacher may hold -inf, the student not.
+Terms = Callable[[Array, Array], Array]
 
-def _prepare(
-    student: Array, teacher: Array, temperature: float | Array, vocab_mask: Array | None
-) -> tuple[Array, Array]:
-    """Student (finite everywhere) and teacher (may hold -inf) as log-probabilities, float32."""
-    student_logps = masked_log_softmax(student.astype(jnp.float32) / temperature, vocab_mask)
-    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature
+
+def student_logps(logits: Array, temperature: float | Array, vocab_mask: Array | None) -> Array:
+    """Log-probabilities float32[..., V] of logits over a temperature, finite everywhere."""
+    return masked_log_softmax(logits.astype(jnp.float32) / temperature, vocab_mask)
+
+
+def teacher_logps(scores: Array, temperature: float | Array, vocab_mask: Array | None) -> Array:
+    """The same of a teacher, which is stopped and may hold -inf (masked columns do)."""
+    scores = jax.lax.stop_gradient(scores).astype(jnp.float32) / temperature
     if vocab_mask is not None:
-        teacher = jnp.where(vocab_mask, teacher, -jnp.inf)
-    return student_logps, jax.nn.log_softmax(teacher, axis=-1)
+        scores = jnp.where(vocab_mask, scores, -jnp.inf)
+    return jax.nn.log_softmax(scores, axis=-1)
+
+
+def _sum(
+    terms: Terms,
+    student: Array,
+    teacher: Array,
+    temperature: float | Array,
+    vocab_mask: Array | None,
+) -> Array:
+    return terms(
+        student_logps(student, temperature, vocab_mask),
+        teacher_logps(teacher, temperature, vocab_mask),
+    ).sum(-1)
 
 
 def _kl(logp: Array, logq: Array) -> Array:
-    """`Σ_v p (log p - log q)`, where a token with p = 0 adds nothing.
+    """`p (log p - log q)`, where a token with p = 0 adds nothing.
 
     Nor to the gradient, as -inf comes from teachers alone, which are stopped.
     """
-    return jnp.where(logp > -jnp.inf, jnp.exp(logp) * (logp - logq), 0.0).sum(-1)
+    return jnp.where(logp > -jnp.inf, jnp.exp(logp) * (logp - logq), 0.0)
+
+
+def _mix(student: Array, teacher: Array, weight: float | Array) -> Array:
+    """Log of `weight · teacher + (1 - weight) · student`; finite, because the student is."""
+    return jnp.logaddexp(student + jnp.log1p(-weight), teacher + jnp.log(weight))
+
+
+def reverse_kl_terms(student: Array, teacher: Array, *, floor: float | Array = -20.0) -> Array:
+    """Terms of `reverse_kl`; see `Terms`."""
+    return _kl(student, jnp.where(teacher > -jnp.inf, teacher, floor))
+
+
+def forward_kl_terms(student: Array, teacher: Array) -> Array:
+    """Terms of `forward_kl`; see `Terms`."""
+    return _kl(teacher, student)
+
+
+def generalised_jsd_terms(student: Array, teacher: Array, *, beta: float = 0.5) -> Array:
+    """Terms of `generalised_jsd`; see `Terms`."""
+    if beta == 0:
+        return forward_kl_terms(student, teacher)
+    if beta == 1:
+        return reverse_kl_terms(student, teacher)
+    mixture = _mix(student, teacher, beta)
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def skewed_forward_kl_terms(student: Array, teacher: Array, *, skew: float | Array = 0.1) -> Array:
+    """Terms of `skewed_forward_kl`; see `Terms`."""
+    return _kl(teacher, _mix(student, teacher, skew))
+
+
+def skewed_reverse_kl_terms(student: Array, teacher: Array, *, skew: float | Array = 0.1) -> Array:
+    """Terms of `skewed_reverse_kl`; see `Terms`."""
+    return _kl(student, _mix(student, teacher, 1 - skew))
 
 
 @jax.jit
@@ -72,8 +138,7 @@ def reverse_kl(
     Returns:
         float32[...], nats per token.
     """
-    student_logps, teacher_logps = _prepare(student, teacher, temperature, vocab_mask)
-    return _kl(student_logps, jnp.where(teacher_logps > -jnp.inf, teacher_logps, floor))
+    return _sum(partial(reverse_kl_terms, floor=floor), student, teacher, temperature, vocab_mask)
 
 
 @jax.jit
@@ -95,8 +160,7 @@ def forward_kl(
     Returns:
         float32[...], nats per token.
     """
-    student_logps, teacher_logps = _prepare(student, teacher, temperature, vocab_mask)
-    return _kl(teacher_logps, student_logps)
+    return _sum(forward_kl_terms, student, teacher, temperature, vocab_mask)
 
 
 @partial(jax.jit, static_argnames="beta")
@@ -123,18 +187,8 @@ def generalised_jsd(
     Returns:
         float32[...], nats per token; at most log 2 for 0 < β < 1.
     """
-    if beta == 0:
-        return forward_kl(student, teacher, temperature=temperature, vocab_mask=vocab_mask)
-    if beta == 1:
-        return reverse_kl(student, teacher, temperature=temperature, vocab_mask=vocab_mask)
-    student_logps, teacher_logps = _prepare(student, teacher, temperature, vocab_mask)
-    mixture = _mix(student_logps, teacher_logps, beta)
-    return beta * _kl(teacher_logps, mixture) + (1 - beta) * _kl(student_logps, mixture)
-
-
-def _mix(student_logps: Array, teacher_logps: Array, weight: float | Array) -> Array:
-    """Log of `weight · teacher + (1 - weight) · student`; finite, because the student is."""
-    return jnp.logaddexp(student_logps + jnp.log1p(-weight), teacher_logps + jnp.log(weight))
+    terms = partial(generalised_jsd_terms, beta=beta)
+    return _sum(terms, student, teacher, temperature, vocab_mask)
 
 
 @jax.jit
@@ -158,8 +212,8 @@ def skewed_forward_kl(
     Returns:
         float32[...], nats per token; at most `-log α`.
     """
-    student_logps, teacher_logps = _prepare(student, teacher, temperature, vocab_mask)
-    return _kl(teacher_logps, _mix(student_logps, teacher_logps, skew))
+    terms = partial(skewed_forward_kl_terms, skew=skew)
+    return _sum(terms, student, teacher, temperature, vocab_mask)
 
 
 @jax.jit
@@ -183,5 +237,5 @@ def skewed_reverse_kl(
     Returns:
         float32[...], nats per token; at most `-log α`.
     """
-    student_logps, teacher_logps = _prepare(student, teacher, temperature, vocab_mask)
-    return _kl(student_logps, _mix(student_logps, teacher_logps, 1 - skew))
+    terms = partial(skewed_reverse_kl_terms, skew=skew)
+    return _sum(terms, student, teacher, temperature, vocab_mask)

@@ -2,6 +2,9 @@
 
 Each builder returns a `LossFn` for `egjax.train.step.make_train_step`. Frozen models come as
 arguments of the step, so that one compilation serves and nothing is captured.
+
+A model gives its logits, or its `Head` (`egjax.lm.model.head`): then losses are computed in chunks
+and [batch, time, vocabulary] never exists; metrics that need all logits (accuracies) are left out.
 """
 
 from __future__ import annotations
@@ -14,10 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from egjax.losses import (
+    Head,
     Metrics,
+    Ratio,
+    Targets,
+    Terms,
     behaviour_ratio,
+    chunked_loss,
+    chunked_sequence_logps,
+    forward_kl_terms,
     kl_to_initial,
     reverse_kl,
+    reverse_kl_terms,
     sequence_logps,
     sft,
     token_logps,
@@ -39,8 +50,9 @@ __all__ = [
 Array = jax.Array
 Params = Any
 
-# (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V].
-Apply = Callable[[Params, Array, Array, Array], Array]
+# (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V] or a
+# head with hidden states [B, T, D].
+Apply = Callable[[Params, Array, Array, Array], Any]
 
 
 class Frozen(NamedTuple):
@@ -65,8 +77,17 @@ class PairLogps(NamedTuple):
 PreferenceLoss = Callable[[PairLogps], tuple[Array, Metrics]]
 
 
-def _logits(apply: Apply, params: Params, batch: TokenBatch) -> Array:
+def _outputs(apply: Apply, params: Params, batch: TokenBatch) -> Any:
+    """Logits or a head, whichever the model gives."""
     return apply(params, batch.tokens, batch.positions, batch.segment_ids)
+
+
+def _sequence_logps(
+    outputs: Any, rows: TokenBatch, vocab_mask: Array | None
+) -> tuple[Array, Array]:
+    if isinstance(outputs, Head):
+        return chunked_sequence_logps(outputs, rows.targets, rows.mask, vocab_mask=vocab_mask)
+    return sequence_logps(outputs, rows.targets, rows.mask, vocab_mask)
 
 
 def _masked_sum(values: Array, mask: Array) -> Array:
@@ -82,13 +103,23 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
 
     Returns:
         Loss over `TokenBatch`; metrics: nll (without the weights α_v), accuracy (of the most
-        probable token).
+        probable token; not with a head).
     """
 
     def loss_fn(params: Params, batch: TokenBatch, key: Array, frozen: Any):
-        logits = _logits(apply, params, batch)
-        nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
+        logits = _outputs(apply, params, batch)
         count = batch.mask.sum()
+        if isinstance(logits, Head):
+            weights = jnp.where(batch.mask, batch.weights, 0.0)
+            total, nll = chunked_loss(
+                logits,
+                Targets(batch.targets),
+                weights,
+                terms=forward_kl_terms,
+                vocab_mask=vocab_mask,
+            )
+            return total, count, {"nll": (_masked_sum(nll, batch.mask), count)}
+        nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
         allowed = logits if vocab_mask is None else jnp.where(vocab_mask, logits, -jnp.inf)
         right = allowed.argmax(-1) == batch.targets
         metrics = {
@@ -106,6 +137,7 @@ def distill_to_ratio(
     small: Apply,
     *,
     divergence: Callable[..., Array] = reverse_kl,
+    terms: Terms = reverse_kl_terms,
     alpha: float = 1.0,
     clip: float | None = None,
     plausible: float | None = None,
@@ -119,6 +151,7 @@ def distill_to_ratio(
         small: πᴱ and πᴺ, one model with two sets of parameters.
         divergence: from `egjax.losses.distill`, called with student logits, the log-probabilities
             of π̄ and `vocab_mask`.
+        terms: the same for models that give heads, see `egjax.losses.chunked_loss`.
         alpha: exponent of the ratio.
         clip: bound on the log-ratio, see `egjax.losses.behaviour_ratio`.
         plausible: threshold of the plausible set, see there.
@@ -126,20 +159,24 @@ def distill_to_ratio(
 
     Returns:
         Loss over `TokenBatch`, whose step takes a `Frozen`; metrics: nll (of the data under the
-        student), teacher_accuracy (of π̄'s most probable token on the data).
+        student), teacher_accuracy (of π̄'s most probable token on the data); none with heads.
     """
 
     def loss_fn(params: Params, batch: TokenBatch, key: Array, frozen: Frozen):
-        teacher = behaviour_ratio(
-            _logits(large, frozen.large, batch),
-            _logits(small, frozen.expert, batch),
-            _logits(small, frozen.anti_expert, batch),
-            alpha=alpha,
-            clip=clip,
-            plausible=plausible,
-            vocab_mask=vocab_mask,
+        models = (
+            _outputs(large, frozen.large, batch),
+            _outputs(small, frozen.expert, batch),
+            _outputs(small, frozen.anti_expert, batch),
         )
-        logits = _logits(student, params, batch)
+        logits = _outputs(student, params, batch)
+        if isinstance(logits, Head):
+            weights = jnp.where(batch.mask, batch.weights, 0.0)
+            teacher = Ratio(*models, alpha=alpha, clip=clip, plausible=plausible)
+            total, _ = chunked_loss(logits, teacher, weights, terms=terms, vocab_mask=vocab_mask)
+            return total, batch.mask.sum(), {}
+        teacher = behaviour_ratio(
+            *models, alpha=alpha, clip=clip, plausible=plausible, vocab_mask=vocab_mask
+        )
         losses = divergence(logits, teacher, vocab_mask=vocab_mask)
         # The mask chooses the positions, the task weight says how much each counts.
         total = _masked_sum(batch.weights * losses, batch.mask)
@@ -182,9 +219,7 @@ def preference(apply: Apply, loss: PreferenceLoss, *, vocab_mask: Array | None =
 
     def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Any):
         rows = _both(batch)
-        logps, lengths = sequence_logps(
-            _logits(apply, params, rows), rows.targets, rows.mask, vocab_mask
-        )
+        logps, lengths = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
         losses, metrics = loss(
             PairLogps(*_halves(logps), *_halves(lengths), batch.ref_chosen, batch.ref_rejected)
         )
@@ -220,15 +255,24 @@ def preference_with_initial(
 
     def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Params):
         rows = _both(batch)
-        initial = _logits(apply, frozen, rows)
-        logits = _logits(apply, params, rows)
-        ref_logps, _ = sequence_logps(initial, rows.targets, rows.mask, vocab_mask)
-        logps, lengths = sequence_logps(logits, rows.targets, rows.mask, vocab_mask)
+        initial = _outputs(apply, frozen, rows)
+        logits = _outputs(apply, params, rows)
+        ref_logps, _ = _sequence_logps(initial, rows, vocab_mask)
+        logps, lengths = _sequence_logps(logits, rows, vocab_mask)
         losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
+        count = batch.mask.sum()
+        if isinstance(logits, Head):
+            counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
+            penalty, kls = chunked_loss(
+                logits, initial, kl_weight / 2 * counted, vocab_mask=vocab_mask
+            )
+            metrics = _pair_metrics(metrics, batch.mask) | {
+                "kl": (_masked_sum(kls, counted) / 2, count)
+            }
+            return _masked_sum(losses, batch.mask) + penalty, count, metrics
         chosen_kl, rejected_kl = _halves(kl_to_initial(logits, initial, rows.mask, vocab_mask))
         kl = (chosen_kl + rejected_kl) / 2
         total = _masked_sum(losses + kl_weight * kl, batch.mask)
-        count = batch.mask.sum()
         return (
             total,
             count,
@@ -257,7 +301,7 @@ def reference_logps(
     @jax.jit
     def fill(params: Params, batch: PairBatch) -> PairBatch:
         rows = _both(batch)
-        logps, _ = sequence_logps(_logits(apply, params, rows), rows.targets, rows.mask, vocab_mask)
+        logps, _ = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
         chosen, rejected = _halves(logps)
         return dataclasses.replace(batch, ref_chosen=chosen, ref_rejected=rejected)
 

@@ -9,7 +9,7 @@ import pytest
 from egjax.lm import hf
 from egjax.lm.cache import empty
 from egjax.lm.model import forward as eager_forward
-from egjax.lm.model import rms_norm, rope_angles, rotate, trunk, unembed
+from egjax.lm.model import head, rms_norm, rope_angles, rotate, trunk, unembed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_llama"
 forward = jax.jit(eager_forward, static_argnames=("config", "return_hidden", "remat"))
@@ -22,6 +22,14 @@ def test_logits_and_hidden_states_are_those_that_torch_recorded():
     logits, hidden = forward(params, config, recorded["tokens"], return_hidden=True)
     close(logits, recorded["logits"])
     close(hidden[:-1], recorded["hidden"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_what_unembeds(config, tokens, make_params, tied):
+    config = dataclasses.replace(config, tie_embeddings=tied)
+    params = make_params(config)
+    final = trunk(params, config, tokens).final
+    close(head(params, config, final).logits(), unembed(params, config, final))
 
 
 def test_a_wrong_rotary_embedding_would_show():

@@ -202,3 +202,50 @@ def test_vocabulary_padding_changes_nothing():
         want = plain(init(3), batch, KEY, given)
         got = padded(init(3), batch, KEY, given)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+def headed(params, tokens, positions, segment_ids):
+    """The toy model without its last product (whose bias is zero)."""
+    x = params["embed"][tokens] + 0.1 * jnp.cos(positions)[..., None]
+    x = jnp.tanh(x @ params["hidden"]) * (segment_ids > 0)[..., None]
+    return losses.Head(x, params["out"])
+
+
+@pytest.mark.parametrize("name", ["next_token", "distill", "preference", "with_initial"])
+def test_models_that_give_heads_train_alike(name):
+    def build(model):
+        options = {"alpha": 0.7, "clip": 0.5, "plausible": 0.3, "vocab_mask": mask}
+        return {
+            "next_token": lambda: next_token(model, vocab_mask=mask),
+            "distill": lambda: distill_to_ratio(model, model, model, **options),
+            "preference": lambda: preference(model, standard, vocab_mask=mask),
+            "with_initial": lambda: preference_with_initial(
+                model, standard, kl_weight=0.4, vocab_mask=mask
+            ),
+        }[name]()
+
+    mask = jnp.arange(VOCAB) < VOCAB - 1
+    (pairs,) = in_order(pad_pairs(PAIRS, 6), len(PAIRS) + 1)
+    batch = pack(samples(4), 16) if name in ("next_token", "distill") else pairs
+    given = Frozen(init(0), init(1), init(2)) if name == "distill" else init(0)
+    results = []
+    for model in (apply, headed):
+        loss_fn = build(model)
+        grads = jax.grad(lambda p, fn=loss_fn: fn(p, batch, KEY, given)[0])(init(3))
+        results.append((loss_fn(init(3), batch, KEY, given), grads))
+    (want, want_grads), (found, grads) = results
+    np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
+    assert found[1] == want[1]
+    for metric, (total, count) in found[2].items():
+        np.testing.assert_allclose(total, want[2][metric][0], rtol=1e-5, err_msg=metric)
+        assert count == want[2][metric][1]
+    for weight in ("embed", "hidden", "out"):
+        np.testing.assert_allclose(grads[weight], want_grads[weight], atol=2e-6, err_msg=weight)
+
+
+def test_reference_logps_from_heads():
+    batch = pad_pairs(PAIRS, 6)
+    want = reference_logps(apply)(init(0), batch)
+    got = reference_logps(headed)(init(0), batch)
+    np.testing.assert_allclose(got.ref_chosen, want.ref_chosen, rtol=1e-5)
+    np.testing.assert_allclose(got.ref_rejected, want.ref_rejected, rtol=1e-5)

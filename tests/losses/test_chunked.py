@@ -1,0 +1,362 @@
+"""Chunked losses equal the plain ones in value and gradient, and never hold all the logits."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from egjax import losses
+from egjax.losses import Head, Ratio, Targets, TopK, chunked
+
+SHAPE, WIDTH, VOCAB = (2, 7), 6, 37
+MASK = jnp.arange(VOCAB) < 33
+WEIGHTS = jnp.linspace(0.0, 2.0, 14).reshape(SHAPE)
+TARGETS = jnp.arange(14).reshape(SHAPE) * 2
+
+DIVERGENCES = {
+    "reverse_kl": (losses.reverse_kl, losses.reverse_kl_terms),
+    "forward_kl": (losses.forward_kl, losses.forward_kl_terms),
+    "jsd": (
+        partial(losses.generalised_jsd, beta=0.3),
+        partial(losses.generalised_jsd_terms, beta=0.3),
+    ),
+    "skewed_forward": (losses.skewed_forward_kl, losses.skewed_forward_kl_terms),
+    "skewed_reverse": (losses.skewed_reverse_kl, losses.skewed_reverse_kl_terms),
+}
+divergence = pytest.mark.parametrize(
+    ("plain", "terms"), DIVERGENCES.values(), ids=DIVERGENCES.keys()
+)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """37 columns in blocks of 8 (the last one overlaps); 14 tokens in chunks of 4."""
+    monkeypatch.setattr(chunked, "COLUMNS", 8)
+
+
+def head(seed, tied=False, dtype=jnp.float32, shape=SHAPE, width=WIDTH, vocab=VOCAB):
+    a, b = jax.random.split(jax.random.key(seed))
+    weight = jax.random.normal(b, (vocab, width) if tied else (width, vocab))
+    return Head(
+        jax.random.normal(a, (*shape, width)).astype(dtype), weight.astype(dtype), tied=tied
+    )
+
+
+def logits(model):
+    weight = model.unembedding.T if model.tied else model.unembedding
+    return jnp.einsum("...d,dv->...v", model.hidden.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def agree(got, want, rtol=1e-5):
+    """Relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
+
+
+def compare(plain_loss, chunked_loss, student, rtol=1e-5):
+    want, want_grads = jax.value_and_grad(plain_loss)(student)
+    got, grads = jax.value_and_grad(chunked_loss)(student)
+    np.testing.assert_allclose(got, want, rtol=rtol)
+    agree(grads, want_grads, rtol)
+
+
+@divergence
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_teacher(plain, terms, tied):
+    student, teacher = head(0, tied), head(1)
+    options = {"temperature": 1.7, "vocab_mask": MASK}
+
+    def naive(s):
+        return (WEIGHTS * plain(logits(s), logits(teacher), **options)).sum()
+
+    def chunks(s):
+        return losses.chunked_loss(s, teacher, WEIGHTS, terms=terms, tokens=4, **options)[0]
+
+    compare(naive, chunks, student)
+    values = losses.chunked_loss(student, teacher, WEIGHTS, terms=terms, tokens=4, **options)[1]
+    np.testing.assert_allclose(
+        values, plain(logits(student), logits(teacher), **options), rtol=2e-5, atol=1e-6
+    )
+
+
+@divergence
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 0.6, "clip": 0.8, "plausible": 0.2}],
+    ids=["plain", "clipped_plausible"],
+)
+def test_composed_teacher(plain, terms, options):
+    student, models = head(0), (head(1), head(2, tied=True, width=3), head(3, width=3))
+
+    def naive(s):
+        teacher = losses.behaviour_ratio(*map(logits, models), vocab_mask=MASK, **options)
+        return (WEIGHTS * plain(logits(s), teacher, temperature=1.3, vocab_mask=MASK)).sum()
+
+    def chunks(s):
+        return losses.chunked_loss(
+            s,
+            Ratio(*models, **options),
+            WEIGHTS,
+            terms=terms,
+            temperature=1.3,
+            vocab_mask=MASK,
+            tokens=4,
+        )[0]
+
+    compare(naive, chunks, student)
+
+
+@divergence
+def test_token_losses_under_any_function(plain, terms):
+    student, teacher = head(4), head(5)
+
+    def naive(s):
+        return jnp.sin(plain(logits(s), logits(teacher))).sum()
+
+    def chunks(s):
+        return jnp.sin(losses.chunked_token_losses(s, teacher, terms=terms, tokens=5)).sum()
+
+    compare(naive, chunks, student)
+
+
+def test_sft_is_the_forward_kl_to_the_targets():
+    mask = jnp.arange(14).reshape(SHAPE) % 3 > 0
+
+    def naive(s):
+        return losses.sft(logits(s), TARGETS, mask, WEIGHTS, MASK).sum()
+
+    def chunks(s):
+        return losses.chunked_loss(
+            s,
+            Targets(TARGETS),
+            jnp.where(mask, WEIGHTS, 0.0),
+            terms=losses.forward_kl_terms,
+            vocab_mask=MASK,
+            tokens=4,
+        )[0]
+
+    compare(naive, chunks, head(6))
+
+
+def test_gradient_of_the_weights_is_the_loss_and_teachers_are_stopped():
+    student, teacher = head(0), head(1)
+
+    def total(weights, teacher):
+        return losses.chunked_loss(student, teacher, weights, tokens=4)[0]
+
+    by_weight, by_teacher = jax.grad(total, argnums=(0, 1))(WEIGHTS, teacher)
+    np.testing.assert_allclose(
+        by_weight, losses.reverse_kl(logits(student), logits(teacher)), rtol=1e-5
+    )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(by_teacher))
+
+
+def test_preference_loss_from_heads():
+    mask = jnp.arange(7) >= jnp.array([[2], [4]])
+    ref = (jnp.array(-20.0), jnp.array(-9.0))
+
+    def loss(logps):
+        return losses.dpo(logps[0], logps[1], *ref, beta=0.2)[0]
+
+    def naive(s):
+        return loss(losses.sequence_logps(logits(s), TARGETS, mask, MASK)[0])
+
+    def chunks(s):
+        return loss(losses.chunked_sequence_logps(s, TARGETS, mask, vocab_mask=MASK, tokens=4)[0])
+
+    compare(naive, chunks, head(7))
+    lengths = losses.chunked_sequence_logps(head(7), TARGETS, mask)[1]
+    np.testing.assert_array_equal(lengths, [5, 3])
+
+
+def test_kl_to_initial_from_heads():
+    mask = jnp.arange(7) >= jnp.array([[2], [4]])
+    initial, scale = head(9), jnp.array([0.3, -2.0])
+
+    def naive(s):
+        return (scale * losses.kl_to_initial(logits(s), logits(initial), mask, MASK)).sum()
+
+    def chunks(s):
+        kl = losses.chunked_kl_to_initial(s, initial, mask, vocab_mask=MASK, tokens=4)
+        return (scale * kl).sum()
+
+    compare(naive, chunks, head(8))
+
+
+def test_bf16_inputs_are_summed_in_f32():
+    student, teacher = head(0, dtype=jnp.bfloat16), head(1, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), student)
+
+    def chunks(s):
+        return losses.chunked_loss(s, teacher, WEIGHTS, tokens=4)[0]
+
+    def naive(s):
+        return (WEIGHTS * losses.reverse_kl(logits(s), logits(teacher))).sum()
+
+    got, grads = jax.value_and_grad(chunks)(student)
+    want, want_grads = jax.value_and_grad(naive)(wide)
+    assert got.dtype == jnp.float32
+    assert grads.unembedding.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    # The only rounding is the last one: each entry is the bf16 that is nearest, or next to it.
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-5 * np.abs(b).max())
+
+
+@divergence
+def test_top_k_with_tail_is_exact_over_k_plus_one_outcomes(plain, terms):
+    student, k = head(10), 5
+    teacher = jax.nn.log_softmax(jnp.where(MASK, logits(head(11)), -jnp.inf) / 1.4)
+    top, ids = jax.lax.top_k(teacher, k)
+    tail = jnp.log1p(-jnp.exp(top).sum(-1))
+
+    def outcomes(s):
+        logps = jax.nn.log_softmax(jnp.where(MASK, logits(s) / 1.4, -1e30))
+        kept = jnp.take_along_axis(logps, ids, axis=-1)
+        return jnp.concatenate([kept, jnp.log1p(-jnp.exp(kept).sum(-1, keepdims=True))], -1)
+
+    def naive(s):
+        return (WEIGHTS * plain(outcomes(s), jnp.concatenate([top, tail[..., None]], -1))).sum()
+
+    def chunks(s, teacher=TopK(ids, top, tail)):  # noqa: B008
+        return losses.chunked_loss(
+            s, teacher, WEIGHTS, terms=terms, temperature=1.4, vocab_mask=MASK, tokens=4
+        )[0]
+
+    compare(naive, chunks, student, rtol=2e-5)
+    # All tokens kept: nothing is approximate.
+    top, ids = jax.lax.top_k(teacher, VOCAB)
+    full = TopK(ids, top, jnp.full(SHAPE, -jnp.inf))
+    exact = plain(logits(student), teacher * 1.4, temperature=1.4, vocab_mask=MASK)
+    np.testing.assert_allclose(chunks(student, full), (WEIGHTS * exact).sum(), rtol=2e-5)
+    if terms is losses.reverse_kl_terms:
+        assert chunks(student) < chunks(student, full)
+
+
+def sizes(jaxpr):
+    """Numbers of entries of all arrays in a program, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+@pytest.mark.parametrize("make", [lambda t: t[0], lambda t: Ratio(*t, clip=1.0, plausible=0.1)])
+def test_all_logits_never_exist(make):
+    count, vocab, tokens = 64, 96, 4
+    models = [head(i, shape=(count,), vocab=vocab) for i in range(4)]
+
+    def total(s, teachers):
+        weights = jnp.ones(count)
+        first = losses.chunked_loss(s, make(teachers), weights, tokens=tokens)[0]
+        return first + losses.chunked_token_losses(s, make(teachers), tokens=tokens).sum()
+
+    program = jax.make_jaxpr(jax.grad(total))(models[0], models[1:])
+    found = max(sizes(program.jaxpr))
+    assert tokens * vocab <= found < count * vocab / 4
+
+
+def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(chunked, "COLUMNS", 512)
+
+    def temp(fn, count, vocab, width=64):
+        def arrays(rows, columns):
+            return jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+
+        models = [Head(arrays(count, width), arrays(width, vocab)) for _ in range(2)]
+        compiled = jax.jit(jax.value_and_grad(fn)).lower(*models).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def naive(s, t):
+        return losses.reverse_kl(logits(s), logits(t)).mean()
+
+    def chunks(s, t):
+        return losses.chunked_loss(s, t, jnp.ones(s.hidden.shape[0]), tokens=64)[0]
+
+    small = temp(chunks, 2048, 16384)
+    assert small < temp(naive, 2048, 16384) / 20
+    assert temp(chunks, 4096, 16384) < small + 4096 * 64 * 4 * 2
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="tokens of shape"):
+        losses.chunked_loss(head(0), head(1, shape=(3, 7)), WEIGHTS)
+    with pytest.raises(ValueError, match="vocab_shards"):
+        losses.chunked_loss(head(0), head(1), WEIGHTS, vocab_shards=4)
+
+
+SHARDED = """
+import re, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from egjax import losses
+from egjax.losses import Head, Ratio, Targets, chunked
+from egjax.mesh import make_mesh
+
+chunked.COLUMNS = 16
+mesh = make_mesh(data=2, model=4)
+N, D, V, S = 32, 8, 240, 4
+keys = jax.random.split(jax.random.key(0), 8)
+heads = [
+    Head(jax.random.normal(a, (N, D)), jax.random.normal(b, (D, V)))
+    for a, b in zip(keys[:4], keys[4:])
+]
+mask, weights = jnp.arange(V) < 230, jnp.linspace(0.0, 1.0, N)
+
+def loss(shards, heads):
+    options = dict(vocab_mask=mask, tokens=8, vocab_shards=shards)
+    ratio = Ratio(*heads[1:], clip=1.5, plausible=0.05)
+    first, _ = losses.chunked_loss(heads[0], ratio, weights, **options)
+    targets = jnp.arange(N)
+    logps = losses.chunked_token_logps(heads[0], targets, **options)
+    return first + jnp.sin(logps).sum()
+
+want = jax.value_and_grad(lambda h: loss(1, h))(heads)
+def place(head):
+    return Head(
+        jax.device_put(head.hidden, NamedSharding(mesh, P("data"))),
+        jax.device_put(head.unembedding, NamedSharding(mesh, P(None, "model"))),
+    )
+placed = [place(head) for head in heads]
+for shards in (1, S):
+    run = jax.jit(jax.value_and_grad(lambda h: loss(shards, h)))
+    got = run(placed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    text = run.lower(placed).compile().as_text()
+    gathered = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"f32\\[([\\d,]+)\\]\\S* all-gather\\(", text)
+    ]
+    print("devices", jax.device_count(), "shards", shards, "largest", max(gathered, default=0))
+    # No device ever gets the whole matrix.
+    assert max(gathered, default=0) < D * V, gathered
+"""
+
+
+def test_vocabulary_split_over_devices():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **flags},
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.count("devices 8") == 2
+
+
+def test_a_head_is_a_pytree_that_keeps_its_layout():
+    doubled = jax.tree.map(lambda x: 2 * x, head(0, tied=True))
+    assert doubled.tied
+    np.testing.assert_array_equal(doubled.hidden, 2 * head(0).hidden)
