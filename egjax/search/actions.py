@@ -20,14 +20,14 @@ first serves.
 The goal names classes. All instances of a class are taken where they are few, else those that most
 other classes of the goal lie next to, then those in the character's or the goal's rooms, then those
 of lowest id; where the goal says which are meant, these. A human's program is never looked at, so
-neither is which cup it used.
+neither is which cup it used, unless its objects are given as `among`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -98,8 +98,10 @@ class _Home:
         classes: set[str],
         meant: Mapping[str, Sequence[int]],
         told: Sequence[int] | None,
+        among: Collection[int],
     ):
         self.meant = meant
+        self.among = set(among)
         self.nodes = {node["id"]: node for node in graph["nodes"]}
         self.allowed = sorted(self.nodes if told is None else self.nodes.keys() & set(told))
         self.by_class: dict[str, list[int]] = defaultdict(list)
@@ -143,7 +145,8 @@ class _Home:
             away = not homely & set(self.inside[number])
             return -len(around & self.wanted), int(away), number
 
-        return sorted(self.by_class[name], key=order)[:limit]
+        told = [i for i in self.by_class[name] if i in self.among]
+        return sorted(told or self.by_class[name], key=order)[:limit]
 
 
 def _near(home: _Home, o: int):
@@ -490,6 +493,7 @@ def action_table(
     meant: Mapping[str, Sequence[int]] | None = None,
     told: Sequence[int] | None = None,
     instances: int = 6,
+    among: Collection[int] = (),
 ) -> list[Grounded]:
     """The actions that can matter for a goal, see the top of this module.
 
@@ -500,6 +504,8 @@ def action_table(
         meant: graph ids that a class name of the goal means; all of the class where it is absent.
         told: graph ids that actions may name, where the task limits them.
         instances: how many nodes of a class, or objects of a wanted action, are taken at most.
+        among: graph ids; of a class that has some of them only these are taken. For comparison with
+            planners that were told which objects to use.
 
     Returns:
         Distinct actions, sorted by verb and ids; for the 518 RobotHow tasks 2 to 91,
@@ -509,7 +515,7 @@ def action_table(
         EgjaxError: a class that the graph lacks, or a graph without a character.
     """
     named = {name for p in predicates for name in (p.subject, p.other) if name is not None}
-    home = _Home(graph, named, meant or {}, told)
+    home = _Home(graph, named, meant or {}, told, among)
     for name in sorted(named | {_CHARACTER}):
         if name not in home.by_class:
             raise EgjaxError(f"the graph has no {name}", where="action_table")

@@ -6,15 +6,17 @@ one simulation after another: selection only reads the tree, the new node is wri
 and the backup is one masked scatter along the path, so the cost of a simulation does not grow with
 the tree.
 
-A simulation: walk down by UCT, add one node, play random rollouts from it, back the mean of their
-returns up. UCT (Kocsis and Szepesvári 2006; "Growing Through Experience", arXiv 2506.01312, 3.1):
+A simulation: walk down by a rule of `egjax.search.rules`, add one node, play random rollouts from
+it, back the mean of their returns up. The default rule is UCT (Kocsis and Szepesvári 2006; "Growing
+Through Experience", arXiv 2506.01312, 3.1):
 
     argmax_a Q(s, a) / span + C · sqrt(ln N(s) / N(s, a)),   untried legal actions first,
 
 where `span` is the difference between the highest and the lowest return that the tree has seen, so
-that C means the same whatever the number of goals. A leaf that is solved, dead, as deep as allowed
-or a repetition of a node that the tree already has (same embedding, not deeper) is closed: it
-counts once and is never selected again, nor is a node all of whose actions are closed.
+that C means the same whatever the number of goals. A world's value function can take the place of
+the rollouts, or a share of it. A leaf that is solved, dead, as deep as allowed or a repetition of a
+node that the tree already has (same embedding, not deeper) is closed: it counts once and is never
+selected again, nor is a node all of whose actions are closed.
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 
 from egjax.errors import EgjaxError, require
+from egjax.mesh import check_divides
+from egjax.search.rules import RULES, Node, RuleName
 
 mctx = require("mctx", "search")
 
 __all__ = [
+    "Leaf",
     "Outcome",
     "Record",
     "Search",
@@ -42,8 +48,13 @@ __all__ = [
     "World",
     "advance",
     "begin",
+    "fingerprint",
+    "make_leaf",
     "pick",
+    "plant",
+    "resume",
     "search",
+    "tree_bytes",
     "tree_to_dict",
     "uniform",
 ]
@@ -74,17 +85,23 @@ class World(NamedTuple):
             dead bool[])`. Only called with legal actions as far as results are used.
         weights: `(params, embedding, legal bool[A]) -> f32[A]`, unnormalised probabilities of a
             rollout's next action; illegal actions must have 0.
-        prepare: `params -> params`. What the functions above and `play` are given instead, computed
-            once for many steps; the identity where absent.
+        prior: `(params, embedding, legal bool[A]) -> f32[A]`, logits of PUCT's and Gumbel's prior;
+            every legal action alike where absent.
+        value: `(params, embedding) -> f32[]`, an estimate of the return from here on, for
+            `SearchConfig.value_weight`. Not asked at solved and dead ends, where it is 0.
+        prepare: `params -> params`. What the other functions are given instead, computed once for
+            many steps; the identity where absent. They must take what was not prepared as well.
         play: `(params, embedding, draw f32[]) -> (action int32[], embedding, reward, solved,
             dead)`, a rollout's next action, chosen by the uniform number `draw`, and what comes
-            of it; action -1 where none is legal. Made of the three functions where absent, which
-            a world may do faster in one.
+            of it; action -1 where none is legal. Made of `legal`, `weights` and `step` where
+            absent, which a world may do faster in one.
     """
 
     legal: Callable[[Params, Embedding], Array]
     step: Callable[[Params, Embedding, Array], tuple[Embedding, Array, Array, Array]]
     weights: Callable[[Params, Embedding, Array], Array] = uniform
+    prior: Callable[[Params, Embedding, Array], Array] | None = None
+    value: Callable[[Params, Embedding], Array] | None = None
     prepare: Callable[[Params], Params] = _as_given
     play: Callable[[Params, Embedding, Array], Played] | None = None
 
@@ -98,7 +115,11 @@ class SearchConfig:
         rollouts: random rollouts from each new node; their mean return is backed up.
         rollout_steps: steps a rollout at most.
         max_depth: no node lies deeper than this many actions.
-        exploration: C of UCT.
+        rule: which action is tried next, see `egjax.search.rules`.
+        exploration: C of UCT and PUCT.
+        considered: root actions that Gumbel draws, at most.
+        value_weight: share λ of the world's value function in a leaf's value, 1 - λ is the
+            rollouts'; with 1 no rollout is played and `rollouts` and `rollout_steps` mean nothing.
         discount: of rewards a step.
         chunk: simulations between two looks at the clock and at what is solved.
         until_solved: leave as soon as every tree has a solution.
@@ -109,7 +130,10 @@ class SearchConfig:
     rollouts: int = 8
     rollout_steps: int = 24
     max_depth: int = 40
+    rule: RuleName = "uct"
     exploration: float = 0.5
+    considered: int = 16
+    value_weight: float = 0.0
     discount: float = 1.0
     chunk: int = 16
     until_solved: bool = True
@@ -118,7 +142,12 @@ class SearchConfig:
     @property
     def length(self) -> int:
         """Longest trajectory in actions."""
-        return self.max_depth + self.rollout_steps
+        return self.max_depth + self.rollout_steps * (self.value_weight < 1)
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories that a simulation tries."""
+        return self.rollouts if self.value_weight < 1 else 1
 
 
 @struct.dataclass
@@ -143,10 +172,13 @@ class Search:
     """A batch of B trees in the making; `advance` consumes one and gives the next.
 
     Attributes:
-        tree: `mctx.Tree` of S + 1 nodes; a closed or illegal action has prior logit -inf.
+        tree: `mctx.Tree` of S + 1 nodes; an illegal action has prior logit -inf.
+        open: bool[B, S+1, A]. Legal actions below which something is left to try.
+        end: int8[B, S+1]. 2 for a solved node, 1 for a dead one, else 0.
         depth: int32[B, S+1]. Actions from the root; huge for a node not in the tree.
         prints: uint32[B, S+1, 2]. Hash of each node's embedding.
-        simulation: int32[]. Simulations done.
+        simulation: int32[]. Number of the last node: simulations done, if the root is the first.
+        turn: int32[]. Simulations done since the root became the root.
         used: int32[B]. Of these, those before the tree was exhausted or first solved.
         low, high: float32[B]. Lowest and highest return seen.
         solved: bool[B]. A solution was found.
@@ -157,9 +189,12 @@ class Search:
     """
 
     tree: Any
+    open: Array
+    end: Array
     depth: Array
     prints: Array
     simulation: Array
+    turn: Array
     used: Array
     low: Array
     high: Array
@@ -196,7 +231,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def _fingerprint(embedding: Embedding) -> Array:
+def fingerprint(embedding: Embedding) -> Array:
     """Two independent 32-bit hashes of all leaves; one item. Returns uint32[2]."""
     total = jnp.zeros((2,), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(embedding)):
@@ -218,6 +253,16 @@ def _mix(word: Array) -> Array:
     return word ^ (word >> 16)
 
 
+def _logits(
+    world: World, config: SearchConfig, params: Params, embedding: Embedding, legal: Array
+) -> Array:
+    """Prior logits f32[A] of one node, -inf for illegal actions. UCT has none: all are alike."""
+    logits = jnp.zeros(legal.shape, jnp.float32)
+    if world.prior is not None and config.rule != "uct":
+        logits = world.prior(params, embedding, legal)
+    return jnp.where(legal, logits, _CLOSED)
+
+
 def begin(
     world: World, config: SearchConfig, params: Params, embedding: Embedding, keys: Array
 ) -> Search:
@@ -231,6 +276,7 @@ def begin(
         keys: B random keys; a tree's search depends on its own alone.
     """
     legal = jax.vmap(world.legal)(params, embedding)
+    logits = jax.vmap(functools.partial(_logits, world, config))(params, embedding, legal)
     batch, actions = legal.shape
     nodes = config.simulations + 1
     per_action = (batch, nodes, actions)
@@ -246,7 +292,7 @@ def begin(
         parents=jnp.full((batch, nodes), mctx.Tree.NO_PARENT, jnp.int32),
         action_from_parent=jnp.full((batch, nodes), mctx.Tree.NO_PARENT, jnp.int32),
         children_index=jnp.full(per_action, mctx.Tree.UNVISITED, jnp.int32),
-        children_prior_logits=root_row(jnp.where(legal, 0.0, _CLOSED), _CLOSED),
+        children_prior_logits=root_row(logits, _CLOSED),
         children_visits=jnp.zeros(per_action, jnp.int32),
         children_rewards=jnp.zeros(per_action, jnp.float32),
         children_discounts=jnp.full(per_action, config.discount, jnp.float32),
@@ -257,9 +303,12 @@ def begin(
     )
     return Search(
         tree=tree,
+        open=root_row(legal),
+        end=jnp.zeros((batch, nodes), jnp.int8),
         depth=root_row(jnp.zeros((batch,), jnp.int32), jnp.iinfo(jnp.int32).max),
-        prints=root_row(jax.vmap(_fingerprint)(embedding)),
+        prints=root_row(jax.vmap(fingerprint)(embedding)),
         simulation=jnp.zeros((), jnp.int32),
+        turn=jnp.zeros((), jnp.int32),
         used=jnp.zeros((batch,), jnp.int32),
         low=jnp.full((batch,), jnp.inf, jnp.float32),
         high=jnp.full((batch,), -jnp.inf, jnp.float32),
@@ -286,23 +335,36 @@ class _Path(NamedTuple):
     edges: Array
 
 
-def _select(config: SearchConfig, state: Search, salt: Array) -> _Path:
-    """UCT from the root to the first edge without child; `salt` uint32[B] orders the untried."""
-    tree, rows = state.tree, jnp.arange(salt.shape[0])
+def _select(config: SearchConfig, state: Search, keys: Array) -> _Path:
+    """By the rule from the root to the first edge without child. `keys`: one a tree, for ties."""
+    tree, rows = state.tree, jnp.arange(state.used.size)
+    salt = jax.vmap(lambda key: jax.random.bits(key, ()))(keys)
     order = _mix(jnp.arange(tree.num_actions, dtype=jnp.uint32)[None] ^ salt[:, None])
     order = (order >> 8).astype(jnp.float32)  # 24 bits, exact in float32
-    span = jnp.maximum(state.high - state.low, 1e-6)[:, None]
+    noise = jnp.zeros(order.shape, jnp.float32)
+    if config.rule == "gumbel":  # of the root, so from the key of the whole search
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, noise.shape[1:]))(state.keys)
+    span = jnp.maximum(state.high - state.low, 1e-6)
+    rule = jax.vmap(functools.partial(RULES[config.rule], config))
 
     def down(carry):
         level, node, walking, path = carry
-        visits = tree.children_visits[rows, node]
-        parent = jnp.maximum(tree.node_visits[rows, node], 1).astype(jnp.float32)[:, None]
-        bonus = jnp.sqrt(jnp.log(parent) / jnp.maximum(visits, 1))
-        score = tree.qvalues(node) / span + config.exploration * bonus
-        score = jnp.where(visits > 0, score, 1e9 + 1e3 * order)
-        score = jnp.where(tree.children_prior_logits[rows, node] == _CLOSED, _CLOSED, score)
+        seen = Node(
+            visits=tree.children_visits[rows, node],
+            q=tree.qvalues(node),
+            open=state.open[rows, node],
+            logits=tree.children_prior_logits[rows, node],
+            parent=tree.node_visits[rows, node],
+            value=tree.node_values[rows, node],
+            raw=tree.raw_values[rows, node],
+            span=span,
+            order=order,
+            noise=noise,
+            root=jnp.broadcast_to(level == 0, rows.shape),
+        )
+        score = jnp.where(seen.open, rule(seen), _CLOSED)
         action = jnp.argmax(score, axis=-1).astype(jnp.int32)
-        walking &= jnp.max(score, axis=-1) > _CLOSED
+        walking &= jnp.any(seen.open, axis=-1)
         child = tree.children_index[rows, node, action]
         path = _Path(
             nodes=path.nodes.at[:, level].set(jnp.where(walking, node, -1)),
@@ -328,7 +390,7 @@ def pick(weights: Array, draw: Array) -> Array:
     return jnp.argmax(upto > draw * upto[-1]).astype(jnp.int32)
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """What a new node is; of one item or [B, ...].
 
     Attributes:
@@ -346,11 +408,11 @@ class _Leaf(NamedTuple):
     solved: Array
 
 
-def _grow(world: World, params: Params, embedding: Embedding, action: Array) -> _Leaf:
+def _grow(world: World, params: Params, embedding: Embedding, action: Array) -> Leaf:
     """The node that an action leads to; one item."""
     embedding, reward, solved, dead = world.step(params, embedding, action)
     legal = world.legal(params, embedding)
-    return _Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal), solved)
+    return Leaf(embedding, legal, reward, solved | dead | ~jnp.any(legal), solved)
 
 
 def _play(world: World, params: Params, embedding: Embedding, draw: Array) -> Played:
@@ -362,7 +424,7 @@ def _play(world: World, params: Params, embedding: Embedding, draw: Array) -> Pl
 
 
 def _rollout(
-    world: World, config: SearchConfig, params: Params, leaf: _Leaf, key: Array
+    world: World, config: SearchConfig, params: Params, leaf: Leaf, key: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Plays one random rollout from a leaf; one item.
 
@@ -389,10 +451,24 @@ def _rollout(
     return actions, steps, ever, total
 
 
+def make_leaf(
+    world: World, config: SearchConfig, params: Params, embedding: Embedding, action: Array
+) -> tuple[Leaf, Array, Array]:
+    """What one action leads to: the node, its end as in `Search`, its prior logits; one item."""
+    params = world.prepare(params)
+    leaf = _grow(world, params, embedding, action)
+    logits = _logits(world, config, params, leaf.embedding, leaf.legal)
+    return leaf, jnp.where(leaf.solved, 2, leaf.ended).astype(jnp.int8), logits
+
+
 def _expand(
-    config: SearchConfig, state: Search, path: _Path, leaf: _Leaf
+    config: SearchConfig, state: Search, path: _Path, leaf: Leaf, logits: Array
 ) -> tuple[Search, _Path, Array]:
     """Writes node `simulation + 1` of every tree; an exhausted tree gets an unlinked one.
+
+    Args:
+        config, state, path, leaf: of B trees.
+        logits: float32[B, A]. Prior of the new nodes.
 
     Returns:
         The trees, the path with the reward of its last edge, and bool[B], whether that edge is
@@ -402,11 +478,11 @@ def _expand(
     new = state.simulation + 1
     live = path.edges > 0
     parent, action = _last_edge(path)
-    prints = jax.vmap(_fingerprint)(leaf.embedding)
+    prints = jax.vmap(fingerprint)(leaf.embedding)
     seen = jnp.all(state.prints == prints[:, None], axis=-1)
     repeated = jnp.any(seen & (state.depth <= path.edges[:, None]), axis=-1)
     closed = live & (leaf.ended | repeated | (path.edges >= config.max_depth))
-    prior = jnp.where(leaf.legal & ~closed[:, None], 0.0, _CLOSED)
+    end = jnp.where(leaf.solved, 2, leaf.ended)
 
     def put(array: Array, value: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), new, 1)
@@ -419,12 +495,14 @@ def _expand(
         ),
         children_index=tree.children_index.at[edge].set(new, mode="drop"),
         children_rewards=tree.children_rewards.at[edge].set(leaf.reward, mode="drop"),
-        children_prior_logits=put(tree.children_prior_logits, prior),
+        children_prior_logits=put(tree.children_prior_logits, logits),
         embeddings=jax.tree.map(put, tree.embeddings, leaf.embedding),
     )
     state = dataclasses.replace(
         state,
         tree=tree,
+        open=put(state.open, leaf.legal & (live & ~closed)[:, None]),
+        end=put(state.end, jnp.where(live, end, 0)),
         depth=put(state.depth, jnp.where(live, path.edges, jnp.iinfo(jnp.int32).max)),
         prints=put(state.prints, prints),
     )
@@ -439,24 +517,21 @@ def _last_edge(path: _Path) -> tuple[Array, Array]:
     return jnp.maximum(path.nodes[rows, last], 0), jnp.maximum(path.actions[rows, last], 0)
 
 
-def _close(tree: Any, path: _Path, closed: Array) -> Any:
+def _close(open_: Array, path: _Path, closed: Array) -> Array:
     """Closes the last edge of the path and every edge above it that leads to closed edges only."""
     rows = jnp.arange(closed.size)
 
     def up(carry):
-        level, closing, priors = carry
+        level, closing, open_ = carry
         at = jnp.maximum(level, 0)
         node = jnp.maximum(path.nodes[rows, at], 0)
         action = jnp.maximum(path.actions[rows, at], 0)
-        priors = priors.at[jnp.where(closing, rows, rows.size), node, action].set(
-            _CLOSED, mode="drop"
-        )
-        closing &= jnp.all(priors[rows, node] == _CLOSED, axis=-1) & (level > 0)
-        return level - 1, closing, priors
+        open_ = open_.at[jnp.where(closing, rows, rows.size), node, action].set(False, mode="drop")
+        closing &= ~jnp.any(open_[rows, node], axis=-1) & (level > 0)
+        return level - 1, closing, open_
 
-    start = (path.edges - 1, closed, tree.children_prior_logits)
-    priors = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), up, start)[2]
-    return tree.replace(children_prior_logits=priors)
+    start = (path.edges - 1, closed, open_)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), up, start)[2]
 
 
 def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value: Array) -> Any:
@@ -486,26 +561,34 @@ def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value
     )
 
 
-def _simulate(
-    world: World, config: SearchConfig, params: Params, state: Search
-) -> tuple[Search, Record]:
-    """One simulation of every tree."""
-    rows = jnp.arange(state.used.size)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.simulation)
-    path = _select(config, state, jax.vmap(lambda key: jax.random.bits(key, ()))(keys))
-    live = path.edges > 0
+def _explore(
+    world: World, config: SearchConfig, params: Params, before: Embedding, action: Array, key: Array
+) -> tuple[Leaf, Array, Array, Array, Array, Array, Array]:
+    """Makes the leaf of one tree, and plays rollouts from it.
 
-    def rollouts(params, leaf, key):
+    Returns:
+        The leaf; what `_rollout` gives, with a leading axis of rollouts; the leaf's prior logits
+        and its value by the world's own function (0 where that is not asked for).
+    """
+    leaf = _grow(world, params, before, action)
+    if config.value_weight < 1:
         keys = jax.random.split(jax.random.fold_in(key, 1), config.rollouts)
-        return jax.vmap(functools.partial(_rollout, world, config, params, leaf))(keys)
+        played = jax.vmap(functools.partial(_rollout, world, config, params, leaf))(keys)
+    else:
+        none = jnp.zeros((1,), jnp.int32)
+        played = jnp.zeros((1, 0), jnp.int16), none, leaf.solved[None], none.astype(jnp.float32)
+    value = jnp.zeros((), jnp.float32)
+    if config.value_weight > 0 and world.value is not None:
+        value = jnp.where(leaf.ended, 0.0, world.value(params, leaf.embedding))
+    logits = _logits(world, config, params, leaf.embedding, leaf.legal)
+    return leaf, *played, logits, value  # type: ignore[return-value]
 
-    parent, action = _last_edge(path)
-    before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
-    leaf = jax.vmap(functools.partial(_grow, world))(params, before, action)
-    played, steps, ever, total = jax.vmap(rollouts)(params, leaf, keys)
-    state, path, closed = _expand(config, state, path, leaf)
-    value = jnp.mean(total, axis=1)
 
+def _trajectories(
+    config: SearchConfig, path: _Path, played: Array, steps: Array, ever: Array, total: Array
+) -> Record:
+    """The trajectories of one simulation: the path, then each rollout."""
+    live = path.edges > 0
     level = jnp.arange(config.max_depth + 1)
     so_far = jnp.sum(path.rewards * config.discount**level, axis=1)
     returns = so_far[:, None] + config.discount ** path.edges[:, None] * total
@@ -514,23 +597,45 @@ def _simulate(
     solved = ever & live[:, None]
     # The rollout's actions follow the path's, wherever that ends.
     place = jnp.arange(config.length)
-    behind = jnp.clip(place[None] - path.edges[:, None], 0, config.rollout_steps - 1)
-    behind = jnp.broadcast_to(behind[:, None], (rows.size, config.rollouts, config.length))
     ahead = path.actions[:, jnp.minimum(place, config.max_depth)].astype(jnp.int16)
-    actions = jnp.where(
-        place < path.edges[:, None, None],
-        ahead[:, None],
-        jnp.take_along_axis(played, behind, axis=2),
-    )
+    if played.shape[2]:
+        behind = jnp.clip(place[None] - path.edges[:, None], 0, played.shape[2] - 1)
+        behind = jnp.broadcast_to(behind[:, None], (*played.shape[:2], config.length))
+        behind = jnp.take_along_axis(played, behind, axis=2)
+    else:
+        behind = jnp.int16(-1)
+    actions = jnp.where(place < path.edges[:, None, None], ahead[:, None], behind)
     actions = jnp.where(place < length[..., None], actions, -1)
-    record = Record(actions, length, jnp.where(solved, length, -1), returns)
+    return Record(actions, length, jnp.where(solved, length, -1), returns)
 
+
+def _simulate(
+    world: World, config: SearchConfig, params: Params, state: Search
+) -> tuple[Search, Record]:
+    """One simulation of every tree."""
+    rows = jnp.arange(state.used.size)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.turn)
+    path = _select(config, state, keys)
+    live = path.edges > 0
+    parent, action = _last_edge(path)
+    before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
+    explore = functools.partial(_explore, world, config)
+    leaf, played, steps, ever, total, logits, own = jax.vmap(explore)(params, before, action, keys)
+    state, path, closed = _expand(config, state, path, leaf, logits)
+    record = _trajectories(config, path, played, steps, ever, total)
+    value, returns = jnp.mean(total, axis=1), record.returns
+    if config.value_weight > 0:
+        share = config.value_weight
+        far = config.discount ** path.edges[:, None]
+        returns += jnp.where(live[:, None], far * share * (own[:, None] - total), 0.0)
+        value += share * (own - value)
     tree = _backup(config, state, path, live, value)
-    tree = _close(tree, path, closed)
     state = dataclasses.replace(
         state,
         tree=tree,
+        open=_close(state.open, path, closed),
         simulation=state.simulation + 1,
+        turn=state.turn + 1,
         used=state.used + (live & ~state.solved),
         low=jnp.where(live, jnp.minimum(state.low, returns.min(1)), state.low),
         high=jnp.where(live, jnp.maximum(state.high, returns.max(1)), state.high),
@@ -558,9 +663,44 @@ def _keep_best(state: Search, record: Record) -> Search:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=(3,))
+def _sharded(mesh: Mesh | None, work: Callable[..., Any], *, batch: tuple[Any, ...], out: Any):
+    """`work` on each device's share of the trees; as it is without a mesh. Trees never meet."""
+    if mesh is None:
+        return work
+    return jax.shard_map(work, mesh=mesh, in_specs=batch, out_specs=out, check_vma=False)
+
+
+_TREES, _WHOLE = PartitionSpec("data"), PartitionSpec()
+
+
+def _places() -> Search:
+    """How each field of a `Search` is split over a mesh."""
+    names = {field.name: _TREES for field in dataclasses.fields(Search)}
+    return Search(**{**names, "simulation": _WHOLE, "turn": _WHOLE})  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _plant(
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    embedding: Embedding,
+    keys: Array,
+    mesh: Mesh | None,
+) -> Search:
+    work = functools.partial(begin, world, config)
+    batch = (_TREES, _TREES, _TREES)
+    return _sharded(mesh, work, batch=batch, out=_places())(params, embedding, keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5), donate_argnums=(3,))
 def advance(
-    world: World, config: SearchConfig, params: Params, state: Search, simulations: int
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    state: Search,
+    simulations: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Search, Record]:
     """Takes all trees some simulations further. `state` is consumed.
 
@@ -570,60 +710,93 @@ def advance(
         params: pytree of [B, ...].
         state: trees with room for `simulations` more nodes.
         simulations: how many.
+        mesh: splits the trees over its axis `data`.
 
     Returns:
         The trees, and the record of the trajectories tried, [simulations, B, rollouts, ...].
     """
 
-    params = jax.vmap(world.prepare)(params)
+    def work(params: Params, state: Search) -> tuple[Search, Record]:
+        params = jax.vmap(world.prepare)(params)
 
-    def body(state, _):
-        return _simulate(world, config, params, state)
+        def body(state: Search, _: None) -> tuple[Search, Record]:
+            return _simulate(world, config, params, state)
 
-    return jax.lax.scan(body, state, None, length=simulations)
+        return jax.lax.scan(body, state, None, length=simulations)
+
+    out = _places(), PartitionSpec(None, "data")
+    return _sharded(mesh, work, batch=(_TREES, _places()), out=out)(params, state)
 
 
-_begin = jax.jit(begin, static_argnums=(0, 1))
+def _check(world: World, config: SearchConfig) -> None:
+    for name in ("simulations", "rollouts", "rollout_steps", "max_depth", "chunk", "considered"):
+        if getattr(config, name) < 1:
+            raise EgjaxError(f"{name} must be at least 1", where="SearchConfig")
+    if config.rule not in RULES:
+        remedy = ", ".join(RULES)
+        raise EgjaxError(f"no rule {config.rule!r}", where="SearchConfig", remedy=remedy)
+    if not 0 <= config.value_weight <= 1:
+        raise EgjaxError("value_weight must be in [0, 1]", where="SearchConfig")
+    if config.value_weight and world.value is None:
+        raise EgjaxError("value_weight without a value function", where="World")
 
 
-def search(
+def _shape(config: SearchConfig) -> SearchConfig:
+    """What only the host loop reads must not make the device code compile anew."""
+    return dataclasses.replace(config, chunk=1, until_solved=False, seconds=0.0)
+
+
+def plant(
     world: World,
     config: SearchConfig,
     params: Params,
     embedding: Embedding,
     keys: Array,
+    mesh: Mesh | None = None,
+) -> Search:
+    """Roots of a batch of trees for `resume`; arguments and errors as in `search`."""
+    _check(world, config)
+    if mesh is not None:
+        check_divides(mesh, len(keys))
+    return _plant(world, _shape(config), params, embedding, keys, mesh)
+
+
+def resume(
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    state: Search,
+    simulations: int,
+    *,
     progress: Callable[[int, np.ndarray], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Outcome:
-    """Searches a batch of tasks, each with a tree of its own. Runs on the host, in chunks.
+    """Takes trees further until a limit of `config` or the number of simulations is reached.
 
     Args:
-        world: what is searched; the same object for every call, so that nothing is traced twice.
-        config: how.
-        params: pytree of [B, ...]; the tasks.
-        embedding: pytree of [B, ...]; where they start.
-        keys: B random keys.
-        progress: called after each chunk with the simulations done and solved bool[B].
+        world, config, params: as given to `plant`.
+        state: consumed; needs room for `simulations` more nodes.
+        simulations: at most so many, at least one.
+        progress, mesh: as in `search`.
 
     Raises:
-        EgjaxError: if `config` asks for less than one simulation, rollout or step.
+        EgjaxError: the trees have no room for so many nodes.
     """
-    for name in ("simulations", "rollouts", "rollout_steps", "max_depth", "chunk"):
-        if getattr(config, name) < 1:
-            raise EgjaxError(f"{name} must be at least 1", where="SearchConfig")
+    room = state.tree.node_visits.shape[1] - 1 - int(state.simulation)
+    if not 1 <= simulations <= room:
+        raise EgjaxError(f"{simulations} simulations for trees with room for {room}")
     started = time.perf_counter()
-    # What only the loop below reads must not make the device code compile anew.
-    shape = dataclasses.replace(config, chunk=1, until_solved=False, seconds=0.0)
-    state = _begin(world, shape, params, embedding, keys)
+    shape = _shape(config)
     records, done = [], 0
-    while done < config.simulations:
-        count = min(config.chunk, config.simulations - done)
-        state, record = advance(world, shape, params, state, count)
+    while done < simulations:
+        count = min(config.chunk, simulations - done)
+        state, record = advance(world, shape, params, state, count, mesh)
         records.append(jax.tree.map(np.asarray, record))
         done += count
         solved = np.asarray(state.solved)
         if progress is not None:
             progress(done, solved)
-        exhausted = np.all(np.asarray(state.tree.children_prior_logits[:, 0]) == _CLOSED, axis=1)
+        exhausted = ~np.asarray(state.open[:, 0]).any(axis=1)
         late = config.seconds > 0 and time.perf_counter() - started > config.seconds
         if late or np.all(exhausted | (solved & config.until_solved)):
             break
@@ -640,6 +813,59 @@ def search(
     )
 
 
+def search(
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    embedding: Embedding,
+    keys: Array,
+    progress: Callable[[int, np.ndarray], None] | None = None,
+    mesh: Mesh | None = None,
+) -> Outcome:
+    """Searches a batch of tasks, each with a tree of its own. Runs on the host, in chunks.
+
+    Args:
+        world: what is searched; the same object for every call, so that nothing is traced twice.
+        config: how.
+        params: pytree of [B, ...]; the tasks.
+        embedding: pytree of [B, ...]; where they start.
+        keys: B random keys.
+        progress: called after each chunk with the simulations done and solved bool[B].
+        mesh: splits the tasks over its axis `data`; the answer is the same as on one device.
+
+    Raises:
+        EgjaxError: if `config` asks for less than one simulation, rollout or step, for an unknown
+            rule or for a value function that the world lacks, or if the mesh does not divide B.
+    """
+    started = time.perf_counter()
+    state = plant(world, config, params, embedding, keys, mesh)
+    out = resume(world, config, params, state, config.simulations, progress=progress, mesh=mesh)
+    return out._replace(seconds=time.perf_counter() - started)
+
+
+def tree_bytes(config: SearchConfig, actions: int, embedding: Embedding) -> int:
+    """Memory of one tree, known before the search runs.
+
+    A node holds its embedding, 25 bytes an action (child, prior, visits, reward, discount and value
+    of the edge, whether it is open) and 33 more; on top come the best trajectory and 60 bytes or so
+    of sums. While the trees advance, a chunk's record of `2 · length + 12` bytes a trajectory is
+    held as well, and the working memory of the rollouts.
+
+    Args:
+        config: how it is to be searched.
+        actions: A, size of the padded action table.
+        embedding: of one state, or anything with its shapes and dtypes.
+
+    Returns:
+        Bytes of the arrays of a `Search` per tree, the key of 8 bytes included, the two counters
+        that all trees share left out.
+    """
+    own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(embedding))
+    node = own + 25 * actions + 33
+    rest = 2 * config.length + actions + 29
+    return (config.simulations + 1) * node + rest
+
+
 def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> dict[str, Any]:
     """One tree of the batch for JSON: a flat list of nodes, parents before children.
 
@@ -649,9 +875,11 @@ def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> 
         labels: text of each action; their numbers are given without.
 
     Returns:
-        `{"nodes": [{"id", "parent", "action", "depth", "visits", "value", "closed"}, ...]}`,
-        in which the root's parent and action are None and `closed` says that nothing below the
-        node is left to try.
+        `{"nodes": [{"id", "parent", "action", "depth", "visits", "value", "closed", "solved"}, …],
+        "best": [action, …], "solved": bool}`. The root's parent and action are None, `closed`
+        says that nothing below the node is left to try, a node is `solved` where all is done;
+        `best` is the best trajectory, which may end in a rollout, and `solved` whether it is a
+        solution.
     """
     tree = state.tree
     one = {
@@ -660,7 +888,8 @@ def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> 
         "depth": state.depth,
         "visits": tree.node_visits,
         "value": tree.node_values,
-        "closed": jnp.all(tree.children_prior_logits == _CLOSED, axis=-1),
+        "closed": ~jnp.any(state.open, axis=-1),
+        "solved": state.end == 2,
     }
     columns = {name: np.asarray(array[index]).tolist() for name, array in one.items()}
     nodes = []
@@ -673,4 +902,6 @@ def tree_to_dict(state: Search, index: int, labels: list[str] | None = None) -> 
         elif labels is not None:
             node["action"] = labels[node["action"]]
         nodes.append(node)
-    return {"nodes": nodes}
+    best = np.asarray(state.best[index])[: int(state.best_length[index])].tolist()
+    named = best if labels is None else [labels[action] for action in best]
+    return {"nodes": nodes, "best": named, "solved": bool(state.solved[index])}

@@ -111,6 +111,16 @@ def test_few_instances_those_beside_the_goal_first():
     assert len({a.obj for a in action_table(home, goal, instances=99)}) == 10
 
 
+def test_told_objects_are_the_only_ones_of_their_class():
+    cups = [(3 + i, "cup", ["GRABBABLE"], []) for i in range(3)]
+    home = graph(*cups, (9, "table", ["SURFACES"], []), (10, "table", ["SURFACES"], []))
+    goal = [Predicate("ON", "cup", "table")]
+    free, told = action_table(home, goal), action_table(home, goal, among=[4])
+    assert {a.obj for a in free if a.verb == "GRAB"} == {3, 4, 5}
+    assert {a.obj for a in told if a.verb == "GRAB"} == {4}
+    assert {a.target for a in told if a.verb == "PUTBACK"} == {9, 10}  # nothing told of tables
+
+
 @pytest.mark.parametrize("program", home_programs(), ids=lambda p: p.name)
 def test_embedded_programs_have_small_sound_tables(program):
     table = action_table(program.init, goal_predicates(program.init, program.final, close=True))
