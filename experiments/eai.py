@@ -16,7 +16,7 @@ and seven of judging.
 PYTHON is the interpreter of an environment made once:
 
     python3 -m venv eai && eai/bin/pip install --no-deps eai-eval==1.0.5
-    eai/bin/pip install lark networkx numpy fire pyyaml pddlgym
+    eai/bin/pip install lark networkx numpy fire pyyaml scipy pddlgym
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _interpreter(judge: Path | None) -> Path:
             "no interpreter with eai-eval 1.0.5" if judge is None else "no such interpreter",
             where="--judge" if judge is None else str(judge),
             remedy="python3 -m venv eai && eai/bin/pip install --no-deps eai-eval==1.0.5 && "
-            "eai/bin/pip install lark networkx numpy fire pyyaml pddlgym; "
+            "eai/bin/pip install lark networkx numpy fire pyyaml scipy pddlgym; "
             "then --judge eai/bin/python",
         )
     return judge.absolute()  # a link into an environment must stay one
