@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from egjax.sim.goals import satisfied
+from egjax.sim.goals import all_performed, perform, satisfied
 from egjax.sim.rules import Rules
 from egjax.sim.vocab import STATE_SHIFT, STATES, Trait
 from egjax.sim.world import REFERENCE, legal, step
@@ -59,12 +59,14 @@ class EnvState:
         state: of the household.
         achieved: bool[G]. Goal predicates that have held at some time in this episode.
         held: bool[G]. Goal predicates that hold now.
+        performed: int32[]. How many of the wanted actions have been performed, in order.
         time: int32[]. Steps taken.
     """
 
     state: State
     achieved: Array
     held: Array
+    performed: Array
     time: Array
 
 
@@ -125,7 +127,8 @@ class Household:
     `egjax.search.household.Rewards`, so `Household(*rewards)` searches and learns alike.
 
     Attributes:
-        gain: for each goal predicate that holds for the first time in the episode.
+        gain: for each goal predicate that holds for the first time in the episode, and each wanted
+            action that is performed.
         cost: of a step that brings none (negative).
         change: for each predicate that holds again, and its negative for each that holds no more.
         max_steps: an episode ends after so many steps, solved or not.
@@ -157,7 +160,7 @@ class Household:
         del key
         params = jax.tree.map(jnp.asarray, params)
         held = satisfied(params.scene, params.state, params.goal)
-        state = EnvState(params.state, held, held, jnp.int32(0))
+        state = EnvState(params.state, held, held, jnp.int32(0), jnp.int32(0))
         return self.observe(state, params, self), state
 
     def step(
@@ -206,11 +209,12 @@ class Household:
         accepted = real & (code == 0)
         moved = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), moved, state.state)
         held = satisfied(params.scene, moved, params.goal)
-        gained = jnp.sum(held & ~state.achieved)
+        performed = perform(params.goal, state.performed, chosen[0], chosen[1], accepted)
+        gained = jnp.sum(held & ~state.achieved) + (performed - state.performed)
         kept = jnp.sum(held & ~state.held & state.achieved) - jnp.sum(state.held & ~held)
         reward = jnp.where(gained > 0, self.gain * gained, self.cost) + self.change * kept
-        after = EnvState(moved, state.achieved | held, held, state.time + 1)
-        solved = jnp.all(held)
+        after = EnvState(moved, state.achieved | held, held, performed, state.time + 1)
+        solved = jnp.all(held) & all_performed(params.goal, performed)
         late = after.time >= self.max_steps
         info = {
             "solved": solved,
