@@ -1,7 +1,7 @@
 """From RobotHow to a grounded language model: the whole pipeline, one command.
 
     python -m experiments.pipeline                  (`make run`: under 15 minutes on two CPU cores)
-    python -m experiments.pipeline --preset long    (74 minutes summed over stages, three seeds)
+    python -m experiments.pipeline --preset long    (an hour to an hour and a half, three seeds)
 
 tasks → search → experience and text → pretraining of a small and a large Llama → SFT (πᴺ → πᴱ) →
 distillation of πᴱ/πᴺ into the large one → DPO → evaluation in the simulator → report. After
