@@ -84,7 +84,7 @@ class _Store:
 
     def __init__(self, first: Embedding):
         leaves, self.tree = jax.tree.flatten(jax.tree.map(np.asarray, first))
-        self.arrays = [np.zeros((64, *leaf.shape), leaf.dtype) for leaf in leaves]
+        self.arrays: list[np.ndarray] = [np.zeros((64, *leaf.shape), leaf.dtype) for leaf in leaves]
         self.size = 0
 
     def add(self, rows: Embedding, which: np.ndarray) -> range:
