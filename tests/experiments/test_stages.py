@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):
     assert {name.split("/")[0] for name in before} >= {"tasks", "collect", "text", "seed0"}
 
 
-TIMES = {"seconds", "steps_per_second", "started", "command"}
+PROVENANCE = {"seconds", "steps_per_second", "started", "command", "commit", "dirty"}
 
 
 def contents(run: Path) -> dict[str, object]:
@@ -166,11 +166,11 @@ def contents(run: Path) -> dict[str, object]:
 
 
 def timeless(value: object) -> object:
-    """Without what differs from run to run: times, rates, the command."""
+    """Without what may differ from run to run: times, rates, the command, the commit."""
     if isinstance(value, dict):
         if value.get("unit") == "s":
             return value | {"value": None}
-        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+        return {k: timeless(v) for k, v in value.items() if k not in PROVENANCE}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
