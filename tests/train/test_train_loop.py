@@ -180,14 +180,18 @@ def test_signals_save_and_leave_cleanly(tmp_path, request, number):
 
 
 def test_a_second_signal_acts_as_before():
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as stop:
-        assert not stop
-        signal.raise_signal(signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
+    # A job in a shell's background starts with SIGINT ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stop_on_signals() as stop:
+            assert not stop
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_without_a_terminal_a_line_now_and_then(monkeypatch):
