@@ -298,8 +298,9 @@ def _build(
         for check in row:
             need[index, check // 32] |= np.uint32(1 << (check % 32))
     columns = []
-    for column, default in zip(zip(*table, strict=True), Effect(), strict=True):
-        kind = np.bool_ if isinstance(default, bool) else np.int32
+    for name, column in zip(Effect._fields, zip(*table, strict=True), strict=True):
+        kind = np.bool_ if isinstance(getattr(Effect(), name), bool) else np.uint32
+        kind = np.int32 if name == "link" else kind
         columns.append(np.array([int(value) for value in column]).astype(kind))
     return Rules(need, order, Effect(*columns), vain_return=vain_return)
 

@@ -11,11 +11,12 @@ objects, `look` asks what is legal, and `take` plays a legal action on what `loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from egjax.sim.graph import TIE_LIMITS
@@ -89,6 +90,16 @@ def settle(values: Array, state: State) -> Array:
     """
     one = (1 + (state.nodes[0] >> 31)).astype(values.dtype)  # no flag uses bit 31
     return jax.lax.div(values, jnp.broadcast_to(one, values.shape))
+
+
+def _settle_all(state: State, values: Sequence[Array]) -> list[Array]:
+    """Numbers and bools computed once, of which a loop over nodes asks at every node."""
+    words = settle(jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in values]), state)
+    return [word.astype(jnp.asarray(x).dtype) for word, x in zip(words, values, strict=True)]
+
+
+def _bits(where: Array, flags: Array | int) -> Array:
+    return jnp.where(where, jnp.asarray(flags, jnp.uint32), jnp.uint32(0))
 
 
 def _any(bits: Array) -> Array:
@@ -457,6 +468,13 @@ def _resolve(
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
+def _effect(rules: Rules, row: Array) -> Effect:
+    """One row of the effects, gathered at once: a gather a column costs as much for each."""
+    columns = [np.asarray(column) for column in rules.effects]
+    numbers = jnp.asarray(np.stack([x.astype(np.uint32) for x in columns], axis=1))[row]
+    return Effect(*(numbers[i].astype(x.dtype) for i, x in enumerate(columns)))
+
+
 class Table(NamedTuple):
     """An action table with what never changes of its objects, see `ground`.
 
@@ -580,7 +598,7 @@ def take(
     about = seen.about[slot]
     puts = _has(about, 1 << (Check.RETURNABLE - 32))
     row = _resolve(rules, verb, _get(scene.props, obj), about, puts, seen.character)
-    effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
+    effect = _effect(rules, row)
     return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot], rules)
 
 
@@ -615,11 +633,11 @@ def step(
     puts = _has(about, 1 << (Check.HELD - 32)) & put_open
     puts &= _has(as_target, 1 << (Check.TARGET_NEAR - 64))
     row = _resolve(rules, verb, props, about, puts, character)
-    words = jnp.stack([props, about, as_target | character])
     order = jnp.asarray(rules.order)[row]
-    failed = (order >= 0) & ~_has(words[order // 32] >> (order % 32).astype(jnp.uint32), 1)
+    word = jnp.where(order < 64, jnp.where(order < 32, props, about), as_target | character)
+    failed = (order >= 0) & ~_has(word >> (order & 31).astype(jnp.uint32), 1)
     code = jnp.where(failed.any(), order[jnp.argmax(failed)] + 1, 0)
-    effect = Effect(*(jnp.asarray(column)[row] for column in rules.effects))
+    effect = _effect(rules, row)
     after = _apply(scene, state, view, effect, obj, target, stored, rooms[0], rules)
     after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
@@ -672,7 +690,9 @@ def _origin(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) ->
     return jnp.where(best == _NO_KEY, -1, scene.by_rank[best & 4095] * 4 + relation)
 
 
-def _close_by(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) -> Array:
+def _close_by(
+    scene: Scene, state: State, view: _View, row: Array, node: Array, rules: Rules
+) -> Array:
     """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
     it is INSIDE, all body parts, and everything ON it if it is a surface (see `Rules.open_walk`
     for the other way)."""
@@ -698,6 +718,7 @@ def _close_by(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) 
     words = jnp.arange(here.shape[0] // 32)
     bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
     marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
+    marked = settle(marked, state)
     near |= (jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1) != 0
     return near | body
 
@@ -750,41 +771,43 @@ def _apply(
     """The state after an accepted action; `obj_room` is the number of the first argument's room."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
     row = _row(scene, state, view, node)
-    here = jnp.arange(row.shape[0])
-    is_node = (here == node) & (obj >= 0)
-    is_other = (here == other) & (target >= 0)
-    carried = (here == view.hands[0]) | (here == view.hands[1])
+    me, here = scene.character, jnp.arange(row.shape[0])
     origin = _origin(scene, view, row, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
     bond |= jnp.where((link >= 0) & effect.link_close, jnp.uint32(_BOTH_CLOSE), 0)
-    to_character = other == scene.character
-
-    def bits(where: Array, flags: Array | int) -> Array:
-        return jnp.where(where, jnp.asarray(flags, jnp.uint32), jnp.uint32(0))
-
-    close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
+    to_character = other == me
     room = jnp.where(effect.walk, _get(scene.room_node, obj_room, -1), -1)
-    near = effect.walk & (_close_by(scene, view, row, node, rules) | carried)
-    near |= effect.take & (origin >= 0) & (here == origin >> 2)
-    hand = jnp.where(view.hands[0] < 0, Flag.HOLDS_RH.value, Flag.HOLDS_LH.value)
     set_obj = effect.set_obj
     if rules.open_walk:
         set_obj = jnp.where(effect.walk & (scene.room[node] >= 0), 0, set_obj)
-    flags = state.nodes & ~effect.clear_all.astype(jnp.uint32)
-    flags &= ~bits(is_node, effect.clear_obj)
-    flags &= ~bits(here == scene.character, effect.clear_character)
-    flags |= bits(is_node, set_obj) | bits(near, close)
-    flags |= bits(is_node & effect.take, hand)
-    flags |= bits(here == scene.character, effect.set_character)
-    flags |= bits(is_other, effect.set_target)
-    flags |= bits(effect.face & _has(row, 1 << _FACING), Flag.FACING_OUT)
-    flags |= bits(effect.walk & (here == room), Flag.INSIDE_OUT)
-    flags |= bits(effect.walk & carried, Flag.CUT_INSIDE | Flag.CUT_CLOSE | Flag.CUT_FACING)
-    flags |= bits(is_node & to_character, swap(bond))
+    hand = jnp.where(view.hands[0] < 0, Flag.HOLDS_RH.value, Flag.HOLDS_LH.value)
+    set_obj |= jnp.where(effect.take, jnp.uint32(hand), 0)
+    set_obj |= jnp.where(to_character, swap(bond), 0)
+    close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
+    carried = close | jnp.uint32(Flag.CUT_INSIDE | Flag.CUT_CLOSE | Flag.CUT_FACING)
+    took = effect.take & (origin >= 0)
+    # What is set, and cleared, at single nodes; -1 for none.
+    points = (
+        (jnp.where(obj >= 0, node, -1), set_obj, effect.clear_obj),
+        (jnp.where(target >= 0, other, -1), effect.set_target, jnp.uint32(0)),
+        (me, effect.set_character, effect.clear_character),
+        (jnp.where(effect.walk, view.hands[0], -1), carried, jnp.uint32(0)),
+        (jnp.where(effect.walk, view.hands[1], -1), carried, jnp.uint32(0)),
+        (jnp.where(took, origin >> 2, -1), close, jnp.uint32(0)),
+        (room, jnp.uint32(Flag.INSIDE_OUT), jnp.uint32(0)),
+    )
+    points = [_settle_all(state, point) for point in points]
+    clear_all, walk, face = _settle_all(state, (effect.clear_all, effect.walk, effect.face))
+    cleared, set_ = clear_all, _bits(walk & _close_by(scene, state, view, row, node, rules), close)
+    set_ |= _bits(face & _has(row, 1 << _FACING), Flag.FACING_OUT)
+    for place, on, off in points:
+        at = here == place
+        cleared, set_ = cleared | _bits(at, off), set_ | _bits(at, on)
+    flags = state.nodes & ~cleared | set_
     # The character's own entry holds its edges to itself, seen from both ends.
     own = flags & 15
-    flags = jnp.where(here == scene.character, (flags & ~jnp.uint32(0xF0)) | own << 4, flags)
+    flags = jnp.where(here == me, (flags & ~jnp.uint32(0xF0)) | own << 4, flags)
 
     come_from = _get(scene.room_node, view.room, -1)
     inside = jnp.uint32(1 << _INSIDE)
@@ -809,6 +832,7 @@ def _apply(
     added, overflow = _added(
         state.added, view, jnp.where(cut >= 0, cut, -2), gone | gone << 4, [first, second]
     )
-    grabbed = jnp.where(is_node & effect.forget, -1, state.grabbed)
-    grabbed = jnp.where(is_node & effect.take & (origin >= 0), origin, grabbed)
-    return State(flags, added, grabbed.astype(jnp.int16), state.overflow | overflow)
+    place = jnp.where((obj >= 0) & (took | effect.forget), node, -1)
+    place, come = _settle_all(state, (place, jnp.where(took, origin, -1)))
+    grabbed = jnp.where(here == place, come.astype(jnp.int16), state.grabbed)
+    return State(flags, added, grabbed, state.overflow | overflow)
