@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 
 from egjax.evals.intervals import Figure
-from egjax.search.actions import action_table, encode_actions
+from egjax.search.actions import action_table, encode_actions, table_sizes
 from egjax.sim import world
 from egjax.sim.goals import goal_predicates
 from egjax.sim.graph import Sizes, encode, sizes_of
@@ -87,8 +87,7 @@ def load(config: Config) -> Load:
         action_table(p.init, goal_predicates(p.init, p.final, close=True), instances=6)
         for p in chosen
     ]
-    size = max(map(len, tables))
-    objects = max(len({i for a in table for i in a[1:] if i}) for table in tables)
+    size, objects = table_sizes(tables)
     rows = [
         _encode(p, sizes, table, size, objects, config.steps)
         for p, table in zip(chosen, tables, strict=True)

@@ -41,7 +41,7 @@ from egjax.evals.trees import draw_tree
 from egjax.experience.records import PreferencePair, Trajectory
 from egjax.experience.tfds import write
 from egjax.mesh import make_mesh
-from egjax.search.actions import Grounded, action_table, encode_actions
+from egjax.search.actions import Grounded, action_table, encode_actions, table_sizes
 from egjax.search.best_first import best_first
 from egjax.search.household import Rewards, begin, household, same_state, steps_to_go
 from egjax.search.label import Experience, LabelConfig, label
@@ -146,15 +146,14 @@ class Problem:
             )
             for t in tasks
         ]
-        size = max(map(len, self.tables))
-        objects = max(len({i for a in table for i in a[1:] if i}) for table in self.tables)
-        self.size, self.sizes = size, [len(table) for table in self.tables]
+        self.size, objects = table_sizes(self.tables)
+        self.sizes = [len(table) for table in self.tables]
         self.arrays = [
             Task(
                 a.scene,
                 a.state,
                 a.goal,
-                encode_actions(table, a.names.index, size=size, objects=max(objects, 1)),
+                encode_actions(table, a.names.index, size=self.size, objects=objects),
             )
             for a, table in zip(self.assignments, self.tables, strict=True)
         ]

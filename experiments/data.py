@@ -161,9 +161,9 @@ def assignments(tasks: Sequence[HouseTask], *, added: int = 24) -> list[Assignme
         encode_goal(task.predicates, names, nodes=sizes.nodes, where=task.name)
         for task, (_, _, names) in zip(tasks, encoded, strict=True)
     ]
-    common = GoalSizes(
-        max(len(goal.bit) for goal in goals), max(len(goal.subject) for goal in goals)
-    )
+    # In eights, which a CPU takes at once.
+    instances = -(-max(len(goal.subject) for goal in goals) // 8) * 8
+    common = GoalSizes(max(len(goal.bit) for goal in goals), instances)
     return [
         Assignment(
             scene,

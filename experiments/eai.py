@@ -38,7 +38,7 @@ import tyro
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
-from egjax.search.actions import Grounded, action_table, encode_actions
+from egjax.search.actions import Grounded, action_table, encode_actions, table_sizes
 from egjax.search.household import Rewards, begin, household
 from egjax.search.mcts import SearchConfig, search
 from egjax.sim import eai, goals
@@ -148,8 +148,7 @@ class Problem:
             max(1, *(len(task.facts) for task in tasks)),
             max(map(len, self.deeds)),
         )
-        size = max(map(len, self.tables))
-        objects = max(len({i for a in table for i in a[1:] if i}) for table in self.tables)
+        size, objects = table_sizes(self.tables)
         self.arrays = [
             Task(
                 scene,
@@ -162,7 +161,7 @@ class Problem:
                     sizes=common,
                     where=task.identifier,
                 ),
-                encode_actions(table, names.index, size=size, objects=max(objects, 1)),
+                encode_actions(table, names.index, size=size, objects=objects),
             )
             for task, deeds, table, (scene, state, names) in zip(
                 tasks, self.deeds, self.tables, worlds, strict=True

@@ -37,7 +37,7 @@ from egjax.sim.graph import SQUEEZABLE
 from egjax.sim.vocab import VERB_INDEX
 from egjax.types import ActionTable
 
-__all__ = ["GoalDeed", "GoalFact", "Grounded", "action_table", "encode_actions"]
+__all__ = ["GoalDeed", "GoalFact", "Grounded", "action_table", "encode_actions", "table_sizes"]
 
 
 class GoalFact(Protocol):
@@ -543,6 +543,15 @@ def action_table(
     if home.is_(home.by_class[_CHARACTER][0], "SITTING", "LYING"):
         actions.add(Grounded("STANDUP"))
     return sorted(actions, key=lambda a: (VERB_INDEX[a.verb], a.obj or -1, a.target or -1))
+
+
+def table_sizes(tables: Iterable[Sequence[Grounded]]) -> tuple[int, int]:
+    """Numbers of actions and objects that hold every table, as multiples of 8: a CPU takes eight at
+    a time and what is left over one by one."""
+    tables = list(tables)
+    actions = max(map(len, tables))
+    objects = max(len({i for action in table for i in action[1:] if i}) for table in tables)
+    return -(-actions // 8) * 8, -(-max(objects, 1) // 8) * 8
 
 
 def encode_actions(

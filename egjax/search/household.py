@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from egjax.search.mcts import World, pick
+from egjax.search.mcts import World, mix
 from egjax.search.relaxed import Relaxed, relaxed_plan
 from egjax.sim import goals, world
 from egjax.sim.rules import REFERENCE, Rules
 from egjax.sim.vocab import VERB_INDEX, VERBS
+from egjax.sim.world import fold
 from egjax.types import ActionTable, Scene, State, Task
 
 __all__ = [
@@ -112,6 +113,28 @@ def verb_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array
     return jnp.where(legal, 1.0 / jnp.maximum(count[task.actions.verb], 1.0), 0.0)
 
 
+def draw_verb_first(table: ActionTable, legal: Array, draw: Array) -> Array:
+    """A rollout's action int32[] with the probabilities of `verb_first`, -1 where none is legal.
+
+    Among legal actions the verb of the highest hash, then its action of the highest hash; sums over
+    the table, which a draw from weights needs, take several times as long. `draw` is f32[] in
+    [0, 1).
+    """
+    numbers = jnp.arange(legal.shape[0], dtype=jnp.uint32)
+    bits = max(legal.shape[0] - 1, 1).bit_length()
+    salt = mix(jax.lax.bitcast_convert_type(draw, jnp.uint32))
+
+    def highest(hashes: Array, numbers: Array, bits: int, among: Array) -> Array:
+        # 0 is for none: the number is one more than it was.
+        key = (hashes << bits) | numbers
+        return fold(jnp.where(among, key, 0), jnp.maximum)
+
+    verb = table.verb.astype(jnp.uint32)
+    first = highest(mix(salt ^ verb), verb + 1, 6, legal) & 63
+    best = highest(mix(~salt ^ numbers), numbers, bits, legal & (verb + 1 == first))
+    return jnp.where(first > 0, (best & ((1 << bits) - 1)).astype(jnp.int32), -1)
+
+
 def _relaxed(task: Task | Prepared, progress: Progress) -> Relaxed:
     goal = task.wanted.goal if isinstance(task, Prepared) else task.goal
     return relaxed_plan(task.scene, task.actions, goal, progress.state, progress.held)
@@ -175,8 +198,8 @@ def household(rewards: Rewards | None = None, rules: Rules = REFERENCE) -> World
     def play(task: Task | Prepared, progress: Progress, draw: Array):
         ready = ready_for(task)
         seen = look(ready, progress)
-        action = pick(verb_first(ready, progress, seen.legal), draw)
-        return jnp.where(jnp.any(seen.legal), action, -1), *take(ready, progress, seen, action)
+        action = draw_verb_first(ready.actions, seen.legal, draw)
+        return action, *take(ready, progress, seen, jnp.maximum(action, 0))
 
     def value(task: Task | Prepared, progress: Progress) -> Array:
         steps = steps_to_go(task, progress)

@@ -50,6 +50,7 @@ __all__ = [
     "begin",
     "fingerprint",
     "make_leaf",
+    "mix",
     "pick",
     "plant",
     "resume",
@@ -241,12 +242,12 @@ def fingerprint(embedding: Embedding) -> Array:
         place = jnp.arange(flat.size, dtype=jnp.uint32) + jnp.uint32(number * 0x10000)
         for half, factor in enumerate((0x9E3779B1, 0x85EBCA77)):
             # A value must not be exchangeable between places: each has its own odd multiplier.
-            word = (flat.astype(jnp.uint32) + 1) * (_mix(place * jnp.uint32(factor)) | 1)
-            total = total.at[half].add(jnp.sum(_mix(word), dtype=jnp.uint32))
+            word = (flat.astype(jnp.uint32) + 1) * (mix(place * jnp.uint32(factor)) | 1)
+            total = total.at[half].add(jnp.sum(mix(word), dtype=jnp.uint32))
     return total
 
 
-def _mix(word: Array) -> Array:
+def mix(word: Array) -> Array:
     """Integer hash of uint32 words (Wellons' lowbias32)."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
@@ -339,7 +340,7 @@ def _select(config: SearchConfig, state: Search, keys: Array) -> _Path:
     """By the rule from the root to the first edge without child. `keys`: one a tree, for ties."""
     tree, rows = state.tree, jnp.arange(state.used.size)
     salt = jax.vmap(lambda key: jax.random.bits(key, ()))(keys)
-    order = _mix(jnp.arange(tree.num_actions, dtype=jnp.uint32)[None] ^ salt[:, None])
+    order = mix(jnp.arange(tree.num_actions, dtype=jnp.uint32)[None] ^ salt[:, None])
     order = (order >> 8).astype(jnp.float32)  # 24 bits, exact in float32
     noise = jnp.zeros(order.shape, jnp.float32)
     if config.rule == "gumbel":  # of the root, so from the key of the whole search

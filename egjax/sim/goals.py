@@ -294,12 +294,19 @@ def satisfied(scene: Scene, state: State, goal: Goal | Wanted) -> Array:
     cut = state.nodes >> 10 & 15
     cut = cut | cut << 4
     live, own = to_lanes(~cut & 255), to_lanes(state.nodes & 255)
-    row = wanted.lanes & jnp.where(mine, own[:, None], live[:, None])
-    hit = any_byte(row) & jnp.where(mine, 255, ~cut[node])
+    hit = any_byte(
+        (wanted.lanes, own[:, None], live[:, None]),
+        lambda wanted, own, live: wanted & jnp.where(mine, own, live),
+    )
+    hit &= jnp.where(mine, 255, ~cut[node])
     # The edge to the character stands in the node's own flags, seen from the other end.
     hit |= jnp.where(mine, 0, swap(flags & 255)) & wanted.with_character
     hit |= jnp.where(bit >= 8, flags >> bit.astype(jnp.uint32) & 1, 0)
-    found = fold(jnp.where((hit != 0)[:, None], wanted.one, 0), jnp.bitwise_or)
+    found = fold(
+        ((hit != 0)[:, None], wanted.one),
+        jnp.bitwise_or,
+        lambda hit, one: jnp.where(hit, one, jnp.uint32(0)),
+    )
 
     a, b = state.added >> 20, state.added >> 8 & 4095
     bits = state.added & 255

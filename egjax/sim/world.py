@@ -69,16 +69,25 @@ def swap(bits: Array) -> Array:
     return ((bits & 15) << 4) | (bits >> 4 & 15)
 
 
-def fold(values: Array, combine: Callable[[Array, Array], Array]) -> Array:
-    """Reduces the first axis by halving: elementwise over the others, which a CPU does eight at a
-    time; XLA's own reductions of integers go one by one there (measured: 20 times slower)."""
-    while values.shape[0] > 1:
-        half = values.shape[0] // 2
-        rest = values[2 * half :]
-        values = combine(values[:half], values[half : 2 * half])
-        if rest.shape[0]:
-            values = jnp.concatenate([combine(values[:1], rest), values[1:]])
-    return values[0]
+def fold(
+    values: Array | tuple[Array, ...],
+    combine: Callable[[Array, Array], Array],
+    of: Callable[..., Array] = lambda x: x,
+) -> Array:
+    """Reduces the first axis, elementwise over the others, which a CPU does eight at a time.
+
+    XLA's own reductions of integers go one by one there (measured: 20 times slower), and so does a
+    sum written out that ends up inside of another loop. `of` maps the values, all with the same
+    first axis, to what is reduced.
+    """
+    rest = of(*values) if isinstance(values, tuple) else of(values)
+    while rest.shape[0] > 1:
+        half = rest.shape[0] // 2
+        odd = rest[2 * half :]
+        rest = combine(rest[:half], rest[half : 2 * half])
+        if odd.shape[0]:
+            rest = jnp.concatenate([combine(rest[:1], odd), rest[1:]])
+    return rest[0]
 
 
 def settle(values: Array, state: State) -> Array:
@@ -102,12 +111,16 @@ def _bits(where: Array, flags: Array | int) -> Array:
     return jnp.where(where, jnp.asarray(flags, jnp.uint32), jnp.uint32(0))
 
 
-def _any(bits: Array) -> Array:
-    return fold(bits, jnp.bitwise_or)
+def _any(bits: Array | tuple[Array, ...], of: Callable[..., Array] = lambda x: x) -> Array:
+    return fold(bits, jnp.bitwise_or, of)
 
 
-def _sum(values: Array) -> Array:
-    return fold(values, jnp.add)
+def _sum(values: Array | tuple[Array, ...], of: Callable[..., Array] = lambda x: x) -> Array:
+    return fold(values, jnp.add, of)
+
+
+def _least(values: Array | tuple[Array, ...], of: Callable[..., Array] = lambda x: x) -> Array:
+    return fold(values, jnp.minimum, of)
 
 
 def to_lanes(row: Array) -> Array:
@@ -122,9 +135,9 @@ def from_lanes(lanes: Array) -> Array:
     return jnp.concatenate([lanes >> (8 * k) & 255 for k in range(4)])
 
 
-def any_byte(lanes: Array) -> Array:
-    """The bits set in any of the bytes of uint32[L, ...]."""
-    word = _any(lanes)
+def any_byte(lanes: Array | tuple[Array, ...], of: Callable[..., Array] = lambda x: x) -> Array:
+    """The bits set in any of the bytes of uint32[L, ...]; `of` as in `fold`."""
+    word = _any(lanes, of)
     word = word | word >> 16
     return (word | word >> 8) & 255
 
@@ -216,17 +229,22 @@ def _view(scene: Scene, state: State) -> _View:
         | jnp.where(closed, jnp.uint32(1 << _INSIDE), 0)
         | jnp.where(_trait(scene.props, Trait.EATABLE), jnp.uint32(1 << (_ON + 4)), 0)
     )
-    held = [_has(flags, hand) for hand in (Flag.HOLDS_RH, Flag.HOLDS_LH)]
     places = jnp.arange(flags.shape[0])
-    first = [fold(jnp.where(hand, places, _NO_KEY), jnp.minimum) for hand in held]
-    hands = jnp.stack([jnp.where(place == _NO_KEY, -1, place) for place in first])
+    first = [
+        _least(
+            (flags, places), lambda x, place, hand=hand: jnp.where(_has(x, hand), place, _NO_KEY)
+        )
+        for hand in (Flag.HOLDS_RH, Flag.HOLDS_LH)
+    ]
+    hands = [jnp.where(place == _NO_KEY, -1, place) for place in first]
     inside = flags >> _INSIDE & 1
     here = _get(inside, scene.room_node) != 0
-    mask = _modulus(_sum(inside))
+    mask = _modulus(_sum(flags, lambda x: x >> _INSIDE & 1))
     numbers = jnp.arange(here.shape[0])
     room_ids = _get(scene.ids, scene.room_node)
-    key = fold(jnp.where(here, (room_ids & mask) << 5 | numbers, _NO_KEY), jnp.minimum)
+    key = _least(jnp.where(here, (room_ids & mask) << 5 | numbers, _NO_KEY))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
+    *hands, room = _settle_all(state, (*hands, room))
     door_closed = _has(_get(flags, scene.door_node), Flag.CLOSED)
     start = jnp.maximum(room, 0)
     path = scene.door_path[start]
@@ -234,16 +252,19 @@ def _view(scene: Scene, state: State) -> _View:
     barrier = jnp.argmax(blocked, -1)[:, None]
     nearest = _get(scene.door_node, jnp.take_along_axis(path, barrier, -1)[:, 0], -1)
     linked = scene.connected[start].astype(jnp.uint32) << numbers.astype(jnp.uint32)
+    connected = jnp.where(room >= 0, _any(linked), 0)
+    reach = _reachable(scene, room, door_closed)
+    reach, connected = _settle_all(state, (reach, connected))
     return _View(
         cut=cut,
         ask=ask,
         ask_lanes=to_lanes(ask & ~cut),
         on_lanes=to_lanes(~cut & (16 << _ON)),
         ends=_ends(scene, state, ask),
-        hands=hands,
+        hands=jnp.stack(hands),
         room=room,
-        reach=_reachable(scene, room, door_closed),
-        connected=jnp.where(room >= 0, _any(linked), 0),
+        reach=reach,
+        connected=connected,
         nearest=jnp.where(blocked.any(-1), nearest, -1),
     )
 
@@ -321,21 +342,37 @@ def _facts(
     to_me = jnp.where(mine, 0, swap(flags & 255))
 
     # Edges that the scene has from the start, as far as they are not cut.
-    hit = any_byte(things.lanes & view.ask_lanes[:, None]) & ~cut
-    on_it = _sum(jax.lax.population_count(things.lanes & view.on_lanes[:, None]))
+    hit = any_byte((things.lanes, view.ask_lanes[:, None]), jnp.bitwise_and) & ~cut
+    on_it = _sum(
+        (things.lanes, view.on_lanes[:, None]),
+        lambda row, on: jax.lax.population_count(row & on),
+    )
     laden = jnp.where(_has(cut, 16 << _ON), 0, on_it).astype(jnp.int32)
     # The character's own edges stand in the flags of the others.
-    own = _own(state.nodes)
-    own_hit = any_byte(to_lanes(own & view.ask))
-    own_laden = _sum(own >> 4 & 1).astype(jnp.int32)
+    own_hit = _any((state.nodes, view.ask), lambda x, ask: x & ask & 255)
+    own_laden = _sum(state.nodes, lambda x: x >> 4 & 1).astype(jnp.int32)
     hit = jnp.where(mine, own_hit, hit) | (to_me & view.ask[me])
     laden = jnp.where(mine, own_laden, laden) + (to_me >> 4 & 1).astype(jnp.int32)
-    # Edges added later.
-    ends = view.ends
-    first, second = ends.source[:, None] == node, ends.sink[:, None] == node
-    edge = jnp.where(first, ends.bits[:, None], 0) | jnp.where(second, swap(ends.bits)[:, None], 0)
-    hit |= _any(edge & jnp.where(first, ends.sink_ask[:, None], ends.source_ask[:, None]))
-    counts = _sum((edge >> (_ON + 4) & 1) | (edge >> _INSIDE & 1) << 16)
+    # Edges added later, each as seen from a node: what comes from the far end, and the edge's bits.
+    ends = _Ends(*(x[:, None] for x in view.ends))
+
+    def edge(ends: _Ends) -> Array:
+        back = jnp.where(ends.sink == node, swap(ends.bits), 0)
+        return jnp.where(ends.source == node, ends.bits, 0) | back
+
+    def far(ends: _Ends, sink: Array, source: Array) -> Array:
+        return jnp.where(ends.source == node, sink, source)
+
+    def answers(*row: Array) -> Array:
+        ends = _Ends(*row)
+        return edge(ends) & far(ends, ends.sink_ask, ends.source_ask)
+
+    def counted(*row: Array) -> Array:
+        bits = edge(_Ends(*row))
+        return (bits >> (_ON + 4) & 1) | (bits >> _INSIDE & 1) << 16
+
+    hit |= _any(ends, answers)
+    counts = _sum(ends, counted)
     laden += (counts & 0xFFFF).astype(jnp.int32)
 
     parents = things.parents
@@ -343,16 +380,18 @@ def _facts(
     members = (counts >> 16).astype(jnp.int32) + _sum(live.astype(jnp.int32))
     members += _has(flags, Flag.INSIDE_IN)
     mask = settle(_modulus(members), state)
-    key = jnp.where(
-        live & (things.parent_room >= 0),
-        (things.parent_id & mask) << 5 | things.parent_room,
-        _NO_KEY,
-    )
-    far_room = jnp.where(first, ends.sink_room[:, None], ends.source_room[:, None])
-    far_id = jnp.where(first, ends.sink_id[:, None], ends.source_id[:, None])
-    into = _has(edge, 1 << _INSIDE) & (far_room >= 0)
-    added = jnp.where(into, (far_id & mask) << 5 | far_room, _NO_KEY)
-    key = jnp.minimum(fold(key, jnp.minimum), fold(added, jnp.minimum))
+
+    def first_room(inside: Array, room: Array, number: Array) -> Array:
+        return jnp.where(inside & (room >= 0), (number & mask) << 5 | room, _NO_KEY)
+
+    def added_room(*row: Array) -> Array:
+        ends = _Ends(*row)
+        room = far(ends, ends.sink_room, ends.source_room)
+        number = far(ends, ends.sink_id, ends.source_id)
+        return first_room(_has(edge(ends), 1 << _INSIDE), room, number)
+
+    key = _least((live, things.parent_room, things.parent_id), first_room)
+    key = jnp.minimum(key, _least(ends, added_room))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
     if rules.nested_rooms:
         outermost = jax.vmap(lambda node: _outermost(scene, view, node))(node)
@@ -426,7 +465,7 @@ def _outer(scene: Scene, view: _View, node: Array) -> Array:
     mask = _modulus(live.sum() + into.sum())
     ends, members = jnp.concatenate([parents, far]), jnp.concatenate([live, into])
     key = (_get(scene.ids, ends) & mask) << 12 | _get(scene.rank, ends)
-    best = fold(jnp.where(members, key, _NO_KEY), jnp.minimum)
+    best = _least(jnp.where(members, key, _NO_KEY))
     return jnp.where((node >= 0) & (best != _NO_KEY), scene.by_rank[best & 4095], -1)
 
 
@@ -548,11 +587,18 @@ def look(
     # Else XLA would compute the facts anew for every action that asks for them.
     about, as_target = settle(about, state), settle(as_target, state)
     actions = table.actions
-    first = jnp.where(actions.obj >= 0, about[actions.obj_slot], 0)
-    second = jnp.where(actions.target >= 0, as_target[actions.target_slot], 0) | character
+    first = _at(about, jnp.where(actions.obj >= 0, actions.obj_slot, -1))
+    second = _at(as_target, jnp.where(actions.target >= 0, actions.target_slot, -1)) | character
     need = table.need
     met = ((first & need[:, 0]) == need[:, 0]) & ((second & need[:, 1]) == need[:, 1])
     return Look(met & table.possible, about, room, character, view)
+
+
+def _at(values: Array, index: Array) -> Array:
+    """`values[index]`, 0 where the index is negative: M comparisons for each, which on a CPU take
+    far less time than a gather (measured: a tenth)."""
+    numbers = jnp.arange(values.shape[0])[:, None]
+    return _any((values[:, None], numbers), lambda x, number: jnp.where(number == index, x, 0))
 
 
 def _returnable(scene: Scene, state: State, view: _View, nodes: Array, rules: Rules) -> Array:
@@ -658,35 +704,42 @@ def _far(view: _View, node: Array) -> tuple[Array, Array]:
     return jnp.where(first, ends.sink, ends.source), bits
 
 
-def _origin(scene: Scene, view: _View, row: Array, node: Array, rules: Rules) -> Array:
+def _origin(
+    scene: Scene, state: State, view: _View, row: Array, node: Array, rules: Rules
+) -> Array:
     """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
     among those it is ON, then INSIDE, then CLOSE to."""
     far, bits = _far(view, node)
-    thing = scene.room < 0
-    far_thing = (_get(scene.room, far) < 0) & (bits != 0)
-    kinds = _any(jnp.where(thing, row, 0)) | _any(jnp.where(far_thing, bits, 0))
+    far_room = _get(scene.room, far)
+
+    def of_thing(bits: Array, room: Array) -> Array:
+        return jnp.where(room < 0, bits, 0)
+
+    kinds = _any((row, scene.room), of_thing) | _any((bits, far_room), of_thing)
     relation = jnp.where(
         _has(kinds, 1 << _ON), _ON, jnp.where(_has(kinds, 1 << _INSIDE), _INSIDE, _CLOSE)
     )
+    (relation,) = _settle_all(state, (relation,))
     shift = relation.astype(jnp.uint32)
-    member, far_member = row >> shift & 1, bits >> shift & 1
+    # Bit 8 marks edges that the scene has from the start, for `Rules.new_first`.
     if rules.new_first:
         initial = from_lanes(scene.edges[node]) >> shift & 1
-        far_initial = _get(initial, far)
-        counted = _sum(member | initial) + _sum(far_member & ~far_initial)
+        far_initial = _get(initial, far) << 8
+        row, bits = row | initial << 8, bits | far_initial
+        counted = _sum(row, lambda x: x >> shift & 1 | x >> 8)
+        counted += _sum(bits, lambda x: (x >> shift & 1) & ~(x >> 8))
     else:
-        initial = far_initial = jnp.uint32(0)
-        counted = _sum(member) + _sum(far_member)
-    mask = _modulus(counted.astype(jnp.int32))
+        counted = _sum(row, lambda x: x >> shift & 1) + _sum(bits, lambda x: x >> shift & 1)
+    (mask,) = _settle_all(state, (_modulus(counted.astype(jnp.int32)),))
 
-    def order(ids: Array, rank: Array, initial: Array) -> Array:
-        return ((ids & mask) << 1 | initial.astype(jnp.int32)) << 12 | rank
+    def order(bits: Array, room: Array, number: Array, rank: Array) -> Array:
+        key = ((number & mask) << 1 | (bits >> 8).astype(jnp.int32)) << 12 | rank
+        return jnp.where(((bits >> shift & 1) != 0) & (room < 0), key, _NO_KEY)
 
-    key = order(scene.ids, scene.rank, initial)
-    key = jnp.where((member != 0) & thing, key, _NO_KEY)
-    far_key = order(_get(scene.ids, far), _get(scene.rank, far), far_initial)
-    far_key = jnp.where((far_member != 0) & far_thing, far_key, _NO_KEY)
-    best = jnp.minimum(fold(key, jnp.minimum), fold(far_key, jnp.minimum))
+    best = jnp.minimum(
+        _least((row, scene.room, scene.ids, scene.rank), order),
+        _least((bits, far_room, _get(scene.ids, far), _get(scene.rank, far)), order),
+    )
     return jnp.where(best == _NO_KEY, -1, scene.by_rank[best & 4095] * 4 + relation)
 
 
@@ -748,7 +801,7 @@ def _added(
         along = (pair == (one << 12 | other)) & (bits != 0)
         against = (pair == (other << 12 | one)) & (bits != 0) & ~along
         known = _any(along | against)
-        free = fold(jnp.where(bits == 0, slots, slots.size), jnp.minimum)
+        free = _least(jnp.where(bits == 0, slots, slots.size))
         fresh = ~known & (new != 0)
         overflow |= fresh & (free == slots.size)
         here = fresh & (slots == free)
@@ -772,7 +825,7 @@ def _apply(
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
     row = _row(scene, state, view, node)
     me, here = scene.character, jnp.arange(row.shape[0])
-    origin = _origin(scene, view, row, node, rules)
+    origin = _origin(scene, state, view, row, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
     bond |= jnp.where((link >= 0) & effect.link_close, jnp.uint32(_BOTH_CLOSE), 0)
