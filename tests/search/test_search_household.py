@@ -9,7 +9,7 @@ import pytest
 
 from egjax.search import mcts
 from egjax.search.actions import action_table, encode_actions
-from egjax.search.household import Rewards, begin, household, verb_first
+from egjax.search.household import Rewards, begin, draw_verb_first, household, verb_first
 from egjax.sim import goals, world
 from egjax.sim.goals import GoalSizes, encode_goal, goal_predicates
 from egjax.sim.graph import Sizes, encode
@@ -131,6 +131,22 @@ def test_verbs_are_drawn_alike(tasks):
     assert (weights[~np.asarray(legal)] == 0).all()
     for name in np.unique(verb[np.asarray(legal)]):
         assert weights[verb == name].sum() == pytest.approx(1.0)
+
+
+def test_actions_are_drawn_with_the_weights_of_verb_first(tasks):
+    task = one_of(tasks, 0)
+    legal = WORLD.legal(task, begin(task))
+    weights = np.asarray(verb_first(task, begin(task), legal))
+    draws = jax.random.uniform(jax.random.key(3), (20_000,))
+    drawn = jax.jit(jax.vmap(lambda draw: draw_verb_first(task.actions, legal, draw)))(draws)
+    counts = np.bincount(np.asarray(drawn), minlength=len(weights))
+    expected = weights / weights.sum() * len(draws)
+    assert (counts[expected == 0] == 0).all()
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    # Chi-square of k - 1 degrees of freedom: mean k - 1, deviation sqrt(2 (k - 1)).
+    free = len(expected) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < free + 5 * np.sqrt(2 * free)
+    assert draw_verb_first(task.actions, jnp.zeros_like(legal), draws[0]) == -1
 
 
 def test_padding_of_the_table_never_matters(tables, tasks, found):
