@@ -160,6 +160,8 @@ def variants(
         each: plans of each kind at most.
         seed: of what is inserted and left out.
     """
+    if not any(each and found and found[0] for found in successes):
+        return [{kind: [] for kind in (*REDUNDANT, *FAILED)} for _ in successes]
     rng = np.random.default_rng(seed)
     tables = [
         jax.tree.map(lambda leaf, b=b: np.asarray(leaf[b]), tasks.actions)
