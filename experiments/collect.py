@@ -10,8 +10,10 @@ takes up (`--second 0` leaves it).
 
 A run's tasks are collected in shards of `--shard-tasks`: a killed run goes on with those that are
 missing. On several hosts give each `--shard i/n` (with `EGJAX_MULTI_HOST=1` JAX's process index
-serves); the last one to finish puts them together: `experience/` holds trajectories and preference
-pairs as TFDS data sets in array_record files, `CARD.md` and `card.json` say what is in them.
+serves); the last one to finish puts them together. Hosts that share no disk: copy what they left in
+`collect_shards/` into one run and give the command without `--shard`. `experience/` holds
+trajectories and preference pairs as TFDS data sets in array_record files, nothing twice; `CARD.md`
+and `card.json` say what is in them.
 
 Row `tasks_solved`: tasks whose goals all hold at the end of the plan found, checked by a replay;
 `tasks_solved_first`: before that second pass.
@@ -96,6 +98,7 @@ from experiments.shards import Shards, parse_part
 __all__ = [
     "Config",
     "Found",
+    "Live",
     "Problem",
     "draw",
     "find_plans",
@@ -245,7 +248,7 @@ def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]
     # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
     # first one alone compiles.
     with progress("search", len(problem.tasks)) as update, ThreadPoolExecutor(_cores()) as pool:
-        live = _Live(update)
+        live = Live(update)
         work = functools.partial(_search_batch, problem, world, config, labels=labels, live=live)
         for part in itertools.chain([work(0)], pool.map(work, starts[1:])):
             found += part
@@ -263,7 +266,7 @@ def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]
     return found
 
 
-class _Live:
+class Live:
     """Rates while batches run side by side: simulations of all trees a second."""
 
     def __init__(self, update: Callable[[int, str], None]):
@@ -337,7 +340,7 @@ def _search_batch(
     start: int,
     *,
     labels: bool,
-    live: _Live | None = None,
+    live: Live | None = None,
 ) -> list[Found]:
     """Searches one batch of tasks, and labels what was tried if `labels`."""
     rows = list(range(start, min(start + config.batch, len(problem.tasks))))
