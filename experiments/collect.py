@@ -6,8 +6,17 @@
 UCT over the actions that can matter for a goal (never told which objects the human program uses),
 random rollouts, reward +2 / −0.1 ("Growing Through Experience", arXiv 2506.01312, section 3.1).
 What it leaves unsolved, mostly goals that undo each other, a best-first search over relaxed plans
-takes up (`--second 0` leaves it). Row `tasks_solved`: tasks whose goals all hold at the end of the
-plan found, checked by a replay; `tasks_solved_first`: before that second pass.
+takes up (`--second 0` leaves it).
+
+A run's tasks are collected in shards of `--shard-tasks`: a killed run goes on with those that are
+missing. On several hosts give each `--shard i/n` (with `EGJAX_MULTI_HOST=1` JAX's process index
+serves); the last one to finish puts them together. Hosts that share no disk: copy what they left in
+`collect_shards/` into one run and give the command without `--shard`. `experience/` holds
+trajectories and preference pairs as TFDS data sets in array_record files, nothing twice; `CARD.md`
+and `card.json` say what is in them.
+
+Row `tasks_solved`: tasks whose goals all hold at the end of the plan found, checked by a replay;
+`tasks_solved_first`: before that second pass.
 Expected: 20 of E2WM's 20 sample tasks in half a minute on two CPU cores (compilation apart).
 `--picture FOLDER` draws each tree and writes it as JSON. On several devices the tasks of a batch
 are split over them.
@@ -15,16 +24,19 @@ are split over them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import os
+import re
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +45,67 @@ import tyro
 from jax.sharding import Mesh
 
 from egjax.errors import EgjaxError
+from egjax.evals import card
 from egjax.evals.intervals import Figure
-from egjax.evals.manifest import write_atomic
+from egjax.evals.manifest import describe, write_atomic
 from egjax.evals.plans import Assignment, judge, plan_length
 from egjax.evals.results import SearchedTask
 from egjax.evals.trees import draw_tree
-from egjax.experience.records import PreferencePair, Trajectory
+from egjax.experience.records import PreferencePair, Trajectory, distinct, from_flat, to_flat
 from egjax.experience.tfds import write
 from egjax.mesh import make_mesh
 from egjax.search.actions import Grounded, action_table, encode_actions, table_sizes
 from egjax.search.best_first import best_first
 from egjax.search.household import Rewards, begin, household, same_state, steps_to_go
-from egjax.search.label import Experience, LabelConfig, label
-from egjax.search.mcts import Outcome, SearchConfig, World, search, tree_bytes, tree_to_dict
+from egjax.search.label import Experience, LabelConfig, label, trace
+from egjax.search.mcts import (
+    Outcome,
+    Search,
+    SearchConfig,
+    World,
+    search,
+    tree_bytes,
+    tree_to_dict,
+)
+from egjax.search.variants import FAILED, redundancy, variants
 from egjax.sim.robothow import read_names
 from egjax.sim.text import Line, to_english
 from egjax.train.progress import progress
 from egjax.types import Task
-from experiments.common import Done, Stage, atomic_path, emit, finished, note, open_run, run_main
-from experiments.data import HouseTask, assignments, load_tasks, make_task, programs
+from experiments.common import (
+    BusyError,
+    Done,
+    Stage,
+    atomic_path,
+    emit,
+    finished,
+    note,
+    open_run,
+    run_main,
+)
+from experiments.data import (
+    HouseTask,
+    assignments,
+    load_tasks,
+    make_task,
+    origin,
+    programs,
+    round_up,
+)
+from experiments.experience import Labelled, in_hindsight, judged
+from experiments.shards import Shards, parse_part
 
-__all__ = ["Config", "Found", "Problem", "find_plans", "shared_world", "stage"]
+__all__ = [
+    "Config",
+    "Found",
+    "Live",
+    "Problem",
+    "draw",
+    "find_plans",
+    "shared_world",
+    "stage",
+    "to_lines",
+]
 
 _E2WM_TRANSITIONS = 957.0  # a second, one core, 20 tasks (its own code, measured)
 _GREED = 3.0  # weight of the relaxed plan's length in the second pass
@@ -92,6 +144,15 @@ class Config:
     """Tell which objects the human program uses, as E2WM was told. For that comparison only."""
     picture: Path | None = None
     """Folder for a picture and a JSON file of every tree; with `--tasks`."""
+    pairs: Literal["tried", "all"] = "tried"
+    """Preference pairs of what was tried, or also of plans made with a step left out, with a
+    detour and so on (`--labels.each`)."""
+    hindsight: int = 4
+    """Failed explorations of a task that are given a goal they did reach, at most."""
+    shard_tasks: int = 240
+    """Tasks of a shard."""
+    shard: str = ""
+    """`i/n`: do the shards of part i of n only (from 0); JAX's process index where absent."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
@@ -102,23 +163,27 @@ class Found:
     Attributes:
         report: for the tables.
         plan: the plan as lines with ids; empty where nothing was found.
-        labelled: its labelled experience as lines, None where labels were not asked for.
+        labelled: its labelled experience, None where labels were not asked for.
         transitions: steps simulated by the tree search.
         tree_seconds: its share of the time; the report's has the other passes as well.
         second: solved by the best-first search only.
         optimal: the plan is proved to be a shortest one over its action table.
+        actions: the plan as indices into the action table.
+        explored: what the tree search tried in vain, as lines; where labels were asked for.
     """
 
     report: SearchedTask
     plan: list[Line]
-    labelled: dict[str, list[list[Line]]] | None
+    labelled: list[Labelled] | None
     transitions: int
     tree_seconds: float
     second: bool = False
     optimal: bool = False
+    actions: tuple[int, ...] = ()
+    explored: tuple[list[Line], ...] = ()
 
 
-def _lines(plan: Sequence[int], table: Sequence[Grounded], names: Any) -> list[Line]:
+def to_lines(plan: Sequence[int], table: Sequence[Grounded], names: Any) -> list[Line]:
     """Steps of a plan over an action table, with class names and graph ids."""
     out = []
     for index in plan:
@@ -130,11 +195,20 @@ def _lines(plan: Sequence[int], table: Sequence[Grounded], names: Any) -> list[L
 
 
 class Problem:
-    """Tasks with their arrays and action tables, of equal sizes."""
+    """Tasks with their arrays and action tables, of equal sizes; rounded up where others follow
+    that shall not be compiled for again. `first` is the number of the first one among all."""
 
-    def __init__(self, tasks: Sequence[HouseTask], instances: int, *, told: bool = False):
-        self.tasks = list(tasks)
-        self.assignments: list[Assignment] = assignments(tasks)
+    def __init__(
+        self,
+        tasks: Sequence[HouseTask],
+        instances: int,
+        *,
+        told: bool = False,
+        rounded: bool = False,
+        first: int = 0,
+    ):
+        self.tasks, self.first = list(tasks), first
+        self.assignments: list[Assignment] = assignments(tasks, rounded=rounded)
         self.tables = [
             action_table(
                 t.program.init,
@@ -147,6 +221,8 @@ class Problem:
             for t in tasks
         ]
         self.size, objects = table_sizes(self.tables)
+        if rounded:
+            self.size, objects = round_up(self.size, 64), round_up(objects, 16)
         self.sizes = [len(table) for table in self.tables]
         self.arrays = [
             Task(
@@ -171,20 +247,61 @@ def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]
     # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
     # first one alone compiles.
     with progress("search", len(problem.tasks)) as update, ThreadPoolExecutor(_cores()) as pool:
-        first = _search_batch(problem, world, config, 0, labels=labels)
-        work = functools.partial(_search_batch, problem, world, config, labels=labels)
-        for part in itertools.chain([first], pool.map(work, starts[1:])):
+        live = Live(update)
+        work = functools.partial(_search_batch, problem, world, config, labels=labels, live=live)
+        for part in itertools.chain([work(0)], pool.map(work, starts[1:])):
             found += part
-            update(len(found), f"{sum(f.report.solved for f in found)} solved")
+            live.tasks(len(found), sum(f.report.solved for f in found))
         rest = [row for row, one in enumerate(found) if not one.report.solved]
         if config.second and rest:
             again = functools.partial(_second_pass, problem, world, config)
             for row, one in zip(rest, pool.map(again, rest, [found[r] for r in rest]), strict=True):
                 found[row] = one
+            if labels:
+                _label_second(problem, world, config, found)
         if config.shorten:
             shorter = functools.partial(_shorten, problem, world, config)
             found = list(pool.map(shorter, range(len(found)), found))
     return found
+
+
+class Live:
+    """Rates while batches run side by side: simulations of all trees a second."""
+
+    def __init__(self, update: Callable[[int, str], None]):
+        self._update, self._lock = update, threading.Lock()
+        self._begun: float | None = None
+        self._done = self._solved = self._count = 0
+
+    def tasks(self, done: int, solved: int) -> None:
+        """So many tasks are through."""
+        with self._lock:
+            self._done, self._solved = done, solved
+            self._show()
+
+    def batch(self, trees: int) -> Callable[[int, np.ndarray], None]:
+        """What a search of so many trees calls after each chunk."""
+        before = 0
+
+        def chunk(simulations: int, solved: np.ndarray) -> None:
+            nonlocal before
+            del solved
+            with self._lock:
+                if self._begun is None:  # the first chunk has compiled
+                    self._begun = time.perf_counter()
+                else:
+                    self._count += trees * (simulations - before)
+                before = simulations
+                self._show()
+
+        return chunk
+
+    def _show(self) -> None:
+        rate = ""
+        if self._count and self._begun is not None:
+            each = self._count / (time.perf_counter() - self._begun)
+            rate = f", {each:,.0f} simulations/s"
+        self._update(self._done, f"{self._solved} solved{rate}")
 
 
 # One world for equal rewards, and one `begin`: a new function would be compiled again.
@@ -198,8 +315,9 @@ def _cores() -> int:
 
 @functools.cache
 def _mesh() -> Mesh | None:
-    """All devices, to split the tasks of a batch over; None where there is one."""
-    return make_mesh() if jax.device_count() > 1 else None
+    """All devices here, to split the tasks of a batch over; None where there is one."""
+    # Each host searches tasks of its own.
+    return make_mesh(devices=jax.local_devices()) if jax.local_device_count() > 1 else None
 
 
 def _batch(config: Config) -> int:
@@ -209,64 +327,128 @@ def _batch(config: Config) -> int:
     return -(-config.batch // rows) * rows
 
 
+def _filled(problem: Problem, rows: Sequence[int], config: Config) -> Task:
+    """Tasks as a batch, filled up with the first, so that one compilation serves."""
+    return problem.stack([*rows, *[rows[0]] * (_batch(config) - len(rows))])
+
+
 def _search_batch(
-    problem: Problem, world: World, config: Config, start: int, *, labels: bool
+    problem: Problem,
+    world: World,
+    config: Config,
+    start: int,
+    *,
+    labels: bool,
+    live: Live | None = None,
 ) -> list[Found]:
     """Searches one batch of tasks, and labels what was tried if `labels`."""
     rows = list(range(start, min(start + config.batch, len(problem.tasks))))
-    # The last batch is filled up, so that one compilation serves.
-    filled = rows + [rows[0]] * (_batch(config) - len(rows))
-    tasks = problem.stack(filled)
+    tasks = _filled(problem, rows, config)
     embedding = _begin(tasks)
-    key = jax.random.fold_in(jax.random.key(config.seed), start)
+    key = jax.random.fold_in(jax.random.key(config.seed), problem.first + start)
     search_key, label_key = jax.random.split(key)
-    keys = jax.random.split(search_key, len(filled))
-    outcome = search(world, config.search, tasks, embedding, keys, mesh=_mesh())
-    experience: Sequence[Experience | None] = [None] * len(rows)
+    keys = jax.random.split(search_key, _batch(config))
+    watch = None if live is None else live.batch(len(rows))
+    outcome = search(world, config.search, tasks, embedding, keys, watch, mesh=_mesh())
+    plans = [outcome.actions[i][: int(outcome.length[i])].tolist() for i in range(len(rows))]
+    labelled: Sequence[list[Labelled] | None] = [None] * len(rows)
+    explored: Sequence[tuple[list[Line], ...]] = [()] * len(rows)
     if labels:
         experience = label(world, config.labels, tasks, embedding, outcome, label_key)
+        labelled = _labelled(
+            problem, world, config, rows, tasks, embedding, experience, outcome.search, "tree"
+        )
+        plans = [e.positives[0] if e.positives else p for e, p in zip(experience, plans)]
+        explored = [
+            tuple(
+                to_lines(tried, problem.tables[row], problem.assignments[row].names)
+                for tried in experience[place].explored
+            )
+            for place, row in enumerate(rows)
+        ]
     if config.picture is not None:
         for place, row in enumerate(rows):
-            _picture(problem, row, outcome, place, config.picture)
+            draw(problem, row, outcome.search, place, config.picture)
     return [
-        _found(problem, row, outcome, place, experience[place], config)
+        replace(
+            _found(problem, row, outcome, place, plans[place], config),
+            labelled=labelled[place],
+            explored=explored[place],
+        )
         for place, row in enumerate(rows)
     ]
 
 
 def _found(
-    problem: Problem,
-    row: int,
-    outcome: Outcome,
-    place: int,
-    experience: Experience | None,
-    config: Config,
+    problem: Problem, row: int, outcome: Outcome, place: int, plan: Sequence[int], config: Config
 ) -> Found:
-    task, names = problem.tasks[row], problem.assignments[row].names
-    plan: Sequence[int] = outcome.actions[place][: int(outcome.length[place])].tolist()
-    labelled = None
-    if experience is not None:
-        labelled = {
-            kind: [_lines(p, problem.tables[row], names) for p in plans]
-            for kind, plans in experience._asdict().items()
-        }
-        if experience.positives:
-            plan = experience.positives[0]
-    lines = _lines(plan, problem.tables[row], names)
-    verdict = judge([problem.assignments[row]], [lines], batch=1)[0]
+    task = problem.tasks[row]
     report = SearchedTask(
         name=task.name,
         activity=task.title,
-        goals=verdict.goals,
-        satisfied=verdict.satisfied,
-        solved=verdict.solved,
-        plan_length=plan_length(lines) if verdict.solved else None,
+        goals=0,
+        satisfied=0,
+        solved=False,
+        plan_length=None,
         human_length=plan_length(task.program.script),
         simulations=int(outcome.simulations[place]),
         seconds=outcome.seconds / config.batch,
     )
     steps = int(np.asarray(outcome.record.length)[:, place].sum())
-    return Found(report, lines, labelled, steps, report.seconds)
+    return _with_plan(problem, row, Found(report, [], None, steps, report.seconds), plan)
+
+
+def _labelled(
+    problem: Problem,
+    world: World,
+    config: Config,
+    rows: Sequence[int],
+    tasks: Task,
+    embedding: Any,
+    experience: Sequence[Experience],
+    trees: Search | None,
+    by: str,
+) -> list[list[Labelled]]:
+    """Labelled plans of a batch with what is known of each step, those made of the best one last.
+
+    Args:
+        problem, world, config: as searched.
+        rows: of the tasks; the batch may be longer.
+        tasks, embedding, trees: of the batch.
+        experience: what was tried.
+        by: what found the positives.
+    """
+    made: list[dict[str, list[tuple[int, ...]]]] = [{} for _ in experience]
+    if config.labels.each:
+        made = variants(
+            world,
+            tasks,
+            embedding,
+            [one.positives for one in experience],
+            each=config.labels.each,
+            seed=(config.seed, problem.first + rows[0]),
+        )
+    plans = [[*e.positives, *e.failed, *e.redundant] for e in experience]
+    more = [[p for found in one.values() for p in found] for one in made]
+    discount, every = config.search.discount, [a + b for a, b in zip(plans, more, strict=True)]
+    traced = trace(world, tasks, embedding, every, discount=discount, search=trees)
+    out = []
+    for place, row in enumerate(rows):
+        one, table = experience[place], jax.tree.map(np.asarray, problem.arrays[row].actions)
+        kinds = [("positive", by)] * len(one.positives)
+        kinds += [("failed", "exploration")] * len(one.failed)
+        kinds += [("redundant", redundancy(p, one.positives, table)) for p in one.redundant]
+        for kind, found in made[place].items():
+            kinds += [("failed" if kind in FAILED else "redundant", kind)] * len(found)
+        names, tried = problem.assignments[row].names, len(plans[place])
+        steps = [to_lines(plan, problem.tables[row], names) for plan in every[place]]
+        out.append(
+            [
+                Labelled(*kinds[n], steps[n], along, tried=n < tried)
+                for n, along in enumerate(traced[place])
+            ]
+        )
+    return out
 
 
 def _second_pass(problem: Problem, world: World, config: Config, row: int, found: Found) -> Found:
@@ -286,10 +468,24 @@ def _second_pass(problem: Problem, world: World, config: Config, row: int, found
     if better.plan is None:
         return found
     new = _with_plan(problem, row, found, better.plan)
-    labelled = new.labelled
-    if labelled is not None and new.report.solved:
-        labelled = {**labelled, "positives": [new.plan]}
-    return replace(new, labelled=labelled, second=new.report.solved)
+    return replace(new, second=new.report.solved)
+
+
+def _label_second(problem: Problem, world: World, config: Config, found: list[Found]) -> None:
+    """Labels of the plans that the second pass found, put before what the first one tried."""
+    new = [row for row, one in enumerate(found) if one.second]
+    for start in range(0, len(new), config.batch):
+        rows = new[start : start + config.batch]
+        tasks = _filled(problem, rows, config)
+        nothing = [Experience([], [], [], [])] * (_batch(config) - len(rows))
+        plans = [Experience([found[row].actions], [], [], []) for row in rows]
+        labelled = _labelled(
+            problem, world, config, rows, tasks, _begin(tasks), plans + nothing, None, "best_first"
+        )
+        for row, own in zip(rows, labelled, strict=True):
+            positive, made = own[:1], own[1:]
+            tried = found[row].labelled or []
+            found[row] = replace(found[row], labelled=[*positive, *tried, *made])
 
 
 def _shorten(problem: Problem, world: World, config: Config, row: int, found: Found) -> Found:
@@ -311,109 +507,133 @@ def _timed(found: Found, begun: float) -> Found:
 
 
 def _with_plan(problem: Problem, row: int, found: Found, plan: Sequence[int]) -> Found:
-    """Another plan, judged."""
-    lines = _lines(plan, problem.tables[row], problem.assignments[row].names)
+    """A plan over the action table, judged."""
+    lines = to_lines(plan, problem.tables[row], problem.assignments[row].names)
     verdict = judge([problem.assignments[row]], [lines], batch=1)[0]
     report = replace(
         found.report,
+        goals=verdict.goals,
         satisfied=verdict.satisfied,
         solved=verdict.solved,
         plan_length=plan_length(lines) if verdict.solved else None,
     )
-    return replace(found, report=report, plan=lines)
+    return replace(found, report=report, plan=lines, actions=tuple(map(int, plan)))
 
 
-def _picture(problem: Problem, row: int, outcome: Outcome, place: int, folder: Path) -> None:
-    """One tree as `NAME.png` and `NAME.json`."""
+def draw(problem: Problem, row: int, trees: Search, place: int, folder: Path) -> None:
+    """One tree of a batch as `NAME.png` and `NAME.json`."""
     task, names = problem.tasks[row], problem.assignments[row].names
-    labels = [str(_lines([i], problem.tables[row], names)[0]) for i in range(problem.sizes[row])]
-    tree = tree_to_dict(outcome.search, place, labels)
+    labels = [str(to_lines([i], problem.tables[row], names)[0]) for i in range(problem.sizes[row])]
+    tree = tree_to_dict(trees, place, labels)
     count = len(tree["nodes"]) - 1
     title = f"{task.title} ({task.name}): {count} simulations, {problem.sizes[row]} actions"
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / f"{task.name}.png") as path:
+    name = re.sub(r"[^\w.-]+", "_", task.name)
+    with atomic_path(folder / f"{name}.png") as path:
         path.write_bytes(draw_tree(tree, title=title))
-    write_atomic(folder / f"{task.name}.json", json.dumps(tree) + "\n")
+    write_atomic(folder / f"{name}.json", json.dumps(tree) + "\n")
 
 
-_NO_INPUT = ("run", "json", "tasks", "goals", "picture")  # do not change a run's experience
+_NO_INPUT = ("run", "json", "tasks", "goals", "picture", "shard")  # do not change the experience
 
 
 def stage(config: Config, tasks: Done) -> Done:
-    """Searches the training tasks of a run; writes the experience and `search.json`."""
+    """Searches the training tasks of a run; writes the experience, its card and `search.json`."""
+    shards, work = _shards(config, tasks)
+
+    def everything(out: Path) -> None:
+        shards.run(work)
+        _put_together(config, tasks.path, shards.paths(), out)
+
+    return Stage(config.run, "collect", _inputs(config, tasks)).run(everything)
+
+
+def _inputs(config: Config, tasks: Done) -> dict[str, Any]:
     inputs = {k: v for k, v in vars(config).items() if k not in _NO_INPUT}
-    inputs["rewards"] = list(config.rewards)
-    inputs["tasks"] = tasks.fingerprint
-    return Stage(config.run, "collect", inputs).run(lambda out: _work(config, tasks.path, out))
+    return inputs | {"rewards": list(config.rewards), "tasks": tasks.fingerprint}
 
 
-def _work(config: Config, tasks_path: Path, out: Path) -> None:
-    record = json.loads((tasks_path / "tasks.json").read_text())
-    tasks = [
-        task
-        for task in load_tasks(tasks_path / "tasks.json", config.robothow)
-        if task.split == "train"
-    ]
-    problem = Problem(tasks, config.instances)
+def _shards(config: Config, tasks: Done) -> tuple[Shards, Callable[[int, Path], None]]:
+    """The shards of a run's training tasks, and what does one."""
+    if config.shard_tasks < 1:
+        raise EgjaxError("a shard needs at least one task", where="--shard-tasks")
+    record = json.loads((tasks.path / "tasks.json").read_text())
+    names = [row["name"] for row in record["tasks"] if row["split"] == "train"]
+    count = max(-(-len(names) // config.shard_tasks), 1)
+
+    def work(shard: int, out: Path) -> None:
+        first = shard * config.shard_tasks
+        mine = names[first : first + config.shard_tasks]
+        # All of them, where there is one shard: the stages that follow ask for the same ones.
+        asked = None if count == 1 else mine
+        found = load_tasks(tasks.path / "tasks.json", config.robothow, asked)
+        found = [task for task in found if task.split == "train"]
+        problem = Problem(found, config.instances, rounded=count > 1, first=first)
+        _collect(problem, config, record["goals"], out)
+
+    return Shards(config.run, "collect", _inputs(config, tasks), count), work
+
+
+def _collect(problem: Problem, config: Config, goals: str, out: Path) -> None:
+    """Searches some tasks and writes what was found as JSON lines."""
     found = find_plans(problem, config, labels=True)
-    trajectories, pairs = _experience(problem, found, record["goals"], config)
-    if not pairs:
-        raise EgjaxError("the search solved no training task", remedy="give it more simulations")
-    write(trajectories, out / "experience")
-    write(pairs, out / "experience")
+    how = {"goals": goals, "seed": config.seed, "pay": config.rewards}
+    trajectories, pairs = judged(
+        problem.tasks,
+        problem.assignments,
+        [one.labelled or [] for one in found],
+        **how,
+        pair_all=config.pairs == "all",
+    )
+    if config.hindsight:
+        trajectories += in_hindsight(
+            problem.tasks,
+            problem.assignments,
+            [one.explored[: config.hindsight] for one in found],
+            **how,
+            discount=config.search.discount,
+            most=config.hindsight,
+        )
+    for name, records in (("trajectories", trajectories), ("pairs", pairs)):
+        lines = (json.dumps(to_flat(r), ensure_ascii=False) + "\n" for r in records)
+        write_atomic(out / f"{name}.jsonl", "".join(lines))
     rows = [asdict(f.report) for f in found]
     write_atomic(out / "search.json", json.dumps({"tasks": rows}, indent=1) + "\n")
 
 
-def _experience(
-    problem: Problem, found: Sequence[Found], goals: str, config: Config
-) -> tuple[list[Trajectory], list[PreferencePair]]:
-    """Labelled plans that mean in English what they did with ids, and preference pairs of them.
+def _read(kind: type, path: Path) -> list[Any]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [from_flat(kind, json.loads(line)) for line in lines if line]
 
-    A name can mean another object than the search used; such plans are judged again as English,
-    and only those that keep their label become text to learn from.
-    """
-    wanted = {"positives": "positive", "failed": "failed", "redundant": "redundant"}
-    rows, texts = [], []
-    for row, one in enumerate(found):
-        for kind, plans in (one.labelled or {}).items():
-            for plan in plans:
-                rows.append((row, wanted[kind], plan))
-                texts.append(to_english(plan))
-    with progress("labels", len(texts)) as update:
-        verdicts = judge(
-            [problem.assignments[row] for row, _, _ in rows],
-            texts,
-            progress=lambda done: update(done, ""),
-        )
-    trajectories: list[Trajectory] = []
-    pairs: list[PreferencePair] = []
-    chosen: dict[int, str] = {}
-    for (row, kind, plan), text, verdict in zip(rows, texts, verdicts, strict=True):
-        if verdict.solved == (kind == "failed"):
-            continue
-        task = problem.tasks[row]
-        reward, cost = config.rewards.gain, config.rewards.cost
-        total = reward * verdict.satisfied + cost * max(len(plan) - verdict.satisfied, 0)
-        trajectories.append(
-            Trajectory(
-                task=task.name,
-                title=task.title,
-                split=task.split,
-                script=tuple(map(str, plan)),
-                text=text,
-                label=kind,
-                solved=verdict.solved,
-                total_return=float(total),
-                goals=goals,
-                seed=config.seed,
-            )
-        )
-        if kind == "positive":
-            chosen.setdefault(row, text)
-        elif row in chosen:
-            pairs.append(PreferencePair(task.name, task.prompt(), chosen[row], text, kind))
-    return trajectories, pairs
+
+def _put_together(config: Config, tasks_path: Path, shards: Sequence[Path], out: Path) -> None:
+    """The data sets of all shards, nothing twice, with their card."""
+    found = [t for shard in shards for t in _read(Trajectory, shard / "trajectories.jsonl")]
+    trajectories = distinct(found)
+    pairs = [p for shard in shards for p in _read(PreferencePair, shard / "pairs.jsonl")]
+    if not pairs:
+        raise EgjaxError("the search solved no training task", remedy="give it more simulations")
+    write(trajectories, out / "experience")
+    write(pairs, out / "experience")
+    rows = [
+        row
+        for shard in shards
+        for row in json.loads((shard / "search.json").read_text(encoding="utf-8"))["tasks"]
+    ]
+    write_atomic(out / "search.json", json.dumps({"tasks": rows}, indent=1) + "\n")
+    tasks = json.loads((tasks_path / "tasks.json").read_text(encoding="utf-8"))
+    source, terms = origin(config.robothow)
+    facts = card.Facts(
+        origin=source,
+        terms=terms,
+        goals=tasks["goals"],
+        tasks=len(rows),
+        solved=sum(row["solved"] for row in rows),
+        held_out=tuple(tasks["unseen"]),
+        shards=len(shards),
+        twice=len(found) - len(trajectories),
+        manifest=describe(seeds=(config.seed,)),
+    )
+    card.write(facts, trajectories, pairs, out)
 
 
 def figures(found: Sequence[Found]) -> list[Figure]:
@@ -460,17 +680,40 @@ def _warm_up(problem: Problem, config: Config) -> None:
         _shorten(problem, world, replace(quick, shorten=1), 0, one)
 
 
+def _of_a_run(config: Config) -> None:
+    """Collects the training tasks of a run, or this process's part of them."""
+    part = parse_part(config.shard)
+    if part[1] > 1:
+        with open_run(config.run, part=f"{part[0]}-of-{part[1]}"):
+            shards, work = _shards(config, finished(config.run, "tasks", made_by="tasks"))
+            shards.run(work, part)
+        missing = shards.missing()
+        if missing:
+            note(f"{len(missing)} of {len(shards.stages)} shards are left to the other parts")
+            return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(open_run(config.run))
+        except BusyError:
+            if part[1] == 1:
+                raise
+            note("the other parts are still at work; the last one puts the shards together")
+            return
+        done = stage(config, finished(config.run, "tasks", made_by="tasks"))
+        rows = json.loads((done.path / "search.json").read_text())["tasks"]
+        counts = json.loads((done.path / "card.json").read_text())["trajectories"]
+    emit(
+        Figure("tasks_solved", sum(r["solved"] for r in rows), "tasks", n=len(rows)),
+        *(Figure(f"trajectories_{k}", v, "trajectories", n=len(rows)) for k, v in counts.items()),
+        json=config.json,
+    )
+
+
 def main(config: Config) -> None:
     if config.tasks is None and (config.told or config.picture is not None):
         raise EgjaxError("--told and --picture go with --tasks")
     if config.tasks is None:
-        with open_run(config.run):
-            done = stage(config, finished(config.run, "tasks", made_by="tasks"))
-            rows = json.loads((done.path / "search.json").read_text())["tasks"]
-            emit(
-                Figure("tasks_solved", sum(r["solved"] for r in rows), "tasks", n=len(rows)),
-                json=config.json,
-            )
+        _of_a_run(config)
         return
     named = programs(config.robothow, read_names(config.tasks))
     tasks = [make_task(program, config.goals, "train") for program in named]

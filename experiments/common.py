@@ -31,6 +31,7 @@ from egjax.mesh import start_hosts
 from egjax.train.signals import StopFlag
 
 __all__ = [
+    "BusyError",
     "Done",
     "Stage",
     "atomic_path",
@@ -316,17 +317,23 @@ def source_fingerprint() -> str:
     return file_fingerprint(Path(egjax.__file__).parent, pattern="*.py")
 
 
+class BusyError(EgjaxError):
+    """Another process is at work in a run directory."""
+
+
 @contextlib.contextmanager
-def open_run(run_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
-    """Opens a run directory for one process at a time.
+def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[Path]:
+    """Opens a run directory for one process at a time, or for one a part.
 
     Args:
         run_dir: made if absent; one with content that no run left there is refused, so that
             `fresh` never deletes somebody's files.
-        fresh: delete what earlier runs left in it.
+        fresh: delete what earlier runs left in it; not together with `part`.
+        part: names the part of a stage's work that this process does, while others do theirs.
 
     Raises:
-        EgjaxError: it is no run directory, or another run is at work in it.
+        EgjaxError: it is no run directory.
+        BusyError: another run is at work in it.
     """
     marker = run_dir / _MARKER
     if run_dir.exists() and not run_dir.is_dir():
@@ -338,24 +345,35 @@ def open_run(run_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
             remedy="name a new or empty directory",
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    with marker.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise EgjaxError(
-                f"another run is at work here (process {lock.read().strip() or 'unknown'})",
-                where=str(run_dir),
-                remedy="wait for it or name another directory",
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with contextlib.ExitStack() as held:
+        held.enter_context(_locked(marker, run_dir, shared=bool(part)))
+        if part:
+            held.enter_context(_locked(run_dir / f"{_MARKER}-{part}", run_dir))
         if fresh:
             for entry in run_dir.iterdir():
                 if entry.name != _MARKER:
                     _delete(entry)
         yield run_dir
+
+
+@contextlib.contextmanager
+def _locked(path: Path, run_dir: Path, *, shared: bool = False) -> Iterator[None]:
+    """Holds the lock of a file, which names its one holder."""
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise BusyError(
+                f"another run is at work here (process {lock.read().strip() or 'unknown'})",
+                where=str(run_dir),
+                remedy="wait for it or name another directory",
+            ) from None
+        if not shared:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        yield
 
 
 def _delete(path: Path) -> None:
@@ -412,6 +430,10 @@ class Stage:
     def unfinished(self) -> Path:
         """Where its outputs are until they are complete."""
         return self.run_dir / f"{self.name}.unfinished"
+
+    def is_finished(self) -> bool:
+        """It was finished from these inputs, and its outputs are still there."""
+        return self._complete(self.path, self.fingerprint)
 
     def run(self, work: Callable[[Path], object]) -> Done:
         """Does the work, unless it was finished from the same inputs: then its outputs are kept.

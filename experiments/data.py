@@ -28,7 +28,9 @@ __all__ = [
     "dataset_name",
     "load_tasks",
     "make_task",
+    "origin",
     "programs",
+    "round_up",
     "split_tasks",
 ]
 
@@ -40,6 +42,20 @@ def dataset_name(robothow: Path | None) -> str:
     if robothow is not None:
         return "placed programs" if (robothow / PLACED).exists() else "RobotHow folder"
     return "RobotHow (virtualhome-eval)" if find_dataset() else "embedded household"
+
+
+def origin(robothow: Path | None) -> tuple[str, str]:
+    """Where the tasks come from, and on what terms, for the data card."""
+    name = dataset_name(robothow)
+    made = "VirtualHome's RobotHow programs (Puig et al., CVPR 2018)"
+    sources = {
+        "placed programs": f"{made} without graphs, placed in its scenes by experiments.place",
+        "RobotHow folder": f"a folder in the layout of {made}",
+        "RobotHow (virtualhome-eval)": f"{made} with graphs, as PyPI's virtualhome-eval ships them",
+    }
+    if name not in sources:
+        return "egjax's own two small homes and programs", "Apache-2.0"
+    return sources[name], "VirtualHome and virtualhome-eval: MIT. Plans and labels: as egjax."
 
 
 @functools.lru_cache(maxsize=2)
@@ -143,27 +159,47 @@ def split_tasks(
     return out
 
 
-def load_tasks(path: Path, robothow: Path | None) -> list[HouseTask]:
-    """Tasks of a `tasks.json` that the stage `tasks` wrote."""
+def load_tasks(
+    path: Path, robothow: Path | None, names: Sequence[str] | None = None
+) -> list[HouseTask]:
+    """Tasks of a `tasks.json` that the stage `tasks` wrote; those of some names, in its order."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    found = programs(robothow, [row["name"] for row in record["tasks"]])
+    wanted = None if names is None else set(names)
+    rows = [row for row in record["tasks"] if wanted is None or row["name"] in wanted]
+    found = programs(robothow, [row["name"] for row in rows])
     return [
         make_task(program, record["goals"], row["split"])
-        for program, row in zip(found, record["tasks"], strict=True)
+        for program, row in zip(found, rows, strict=True)
     ]
 
 
-def assignments(tasks: Sequence[HouseTask], *, added: int = 24) -> list[Assignment]:
-    """Scenes, states and goals of equal array sizes, for search and judge."""
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below a number."""
+    return -(-number // step) * step
+
+
+def assignments(
+    tasks: Sequence[HouseTask], *, added: int = 24, rounded: bool = False
+) -> list[Assignment]:
+    """Scenes, states and goals of equal array sizes, for search and judge.
+
+    Args:
+        tasks: n tasks.
+        added: pairs of objects between which edges are added.
+        rounded: sizes of goals are rounded up, so that other tasks mostly have the same.
+    """
     sizes = sizes_of((task.program.init for task in tasks), added=added)
     encoded = [encode(task.program.init, sizes, where=task.name) for task in tasks]
     goals = [
         encode_goal(task.predicates, names, nodes=sizes.nodes, where=task.name)
         for task, (_, _, names) in zip(tasks, encoded, strict=True)
     ]
-    # In eights, which a CPU takes at once.
-    instances = -(-max(len(goal.subject) for goal in goals) // 8) * 8
-    common = GoalSizes(max(len(goal.bit) for goal in goals), instances)
+    # A CPU takes instances by eights at once.
+    step = (4, 16) if rounded else (1, 8)
+    common = GoalSizes(
+        round_up(max(len(goal.bit) for goal in goals), step[0]),
+        round_up(max(len(goal.subject) for goal in goals), step[1]),
+    )
     return [
         Assignment(
             scene,

@@ -102,7 +102,9 @@ def tiny() -> Plan:
     return Plan(
         seeds=(0,),
         tasks=tasks.Config(train=8, held_out=3),
-        collect=collect.Config(search=SearchConfig(simulations=16, rollouts=4), batch=8, second=0),
+        collect=collect.Config(
+            search=SearchConfig(simulations=16, rollouts=4), batch=4, second=0, shard_tasks=4
+        ),
         text=text.Config(
             scenes=2, general=64, hindsight=64, questions=64, orders=1, asked=4, vocab_size=400
         ),

@@ -23,7 +23,7 @@ from egjax.evals.results import (
     TrainingCurve,
 )
 
-__all__ = ["DARK", "LIGHT", "Theme", "draw_all"]
+__all__ = ["DARK", "LIGHT", "Theme", "draw_all", "new_axes", "png"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ def draw_all(results: Results, theme: Theme) -> dict[str, bytes]:
         plots["training"] = lambda style: _training(results.training, style)
     if results.search.tasks:
         plots["search"] = lambda style: _search(results.search, style)
-    return {name: _png(draw, theme) for name, draw in plots.items()}
+    return {name: png(draw, theme) for name, draw in plots.items()}
 
 
-def _png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
-    """Draws with the project's style and without a display or pyplot's global figures."""
+def png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
+    """PNG bytes of a figure in the project's style; no display, no global figures of pyplot."""
     matplotlib = require("matplotlib", "eval")
     style = {
         "font.family": "DejaVu Sans",  # ships with matplotlib and has the method's letters
@@ -135,7 +135,8 @@ def _png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
-def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+def new_axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure of a size in inches and its axes, an array of [rows, columns]."""
     figure = require("matplotlib.figure", "eval").Figure(figsize=size, layout="constrained")
     require("matplotlib.backends.backend_agg", "eval").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
@@ -156,7 +157,7 @@ def _letters(name: str) -> str:
 def _success(models: Sequence[ModelScores], theme: Theme) -> Any:
     """Success of each row, one panel a split."""
     splits = list(dict.fromkeys(s.split for m in models for s in m.scores))
-    figure, axes = _axes(
+    figure, axes = new_axes(
         1, len(splits), (3.1 * len(splits) + 3.4, 0.36 * len(models) + 1.3), sharey=True
     )
     for axis, split in zip(axes[0], splits):
@@ -180,7 +181,7 @@ def _success(models: Sequence[ModelScores], theme: Theme) -> Any:
 
 def _steps(curves: Sequence[StepCurve], roles: dict[str, Role], theme: Theme) -> Any:
     """Success against the number of steps; rows stand side by side so that bars do not hide."""
-    figure, axes = _axes(1, 1, (8.2, 4.4))
+    figure, axes = new_axes(1, 1, (8.2, 4.4))
     axis = axes[0][0]
     labels = list(dict.fromkeys((b.low, b.high) for curve in curves for b in curve.bins))
     labels.sort()
@@ -208,7 +209,7 @@ def _steps(curves: Sequence[StepCurve], roles: dict[str, Role], theme: Theme) ->
 def _probes(curves: Sequence[ProbeCurve], roles: dict[str, Role], theme: Theme) -> Any:
     """Accuracy against depth (models differ in their number of layers), one panel a label."""
     names = list(dict.fromkeys(curve.label for curve in curves))
-    figure, axes = _axes(1, len(names), (4.1 * len(names) + 2.2, 4.0), sharey=True)
+    figure, axes = new_axes(1, len(names), (4.1 * len(names) + 2.2, 4.0), sharey=True)
     models = list(dict.fromkeys(curve.model for curve in curves))
     for axis, name in zip(axes[0], names):
         inside = [curve for curve in curves if curve.label == name]
@@ -241,7 +242,7 @@ def _training(curves: Sequence[TrainingCurve], theme: Theme) -> Any:
     stages = list(dict.fromkeys((curve.stage, curve.quantity) for curve in curves))
     columns = min(3, len(stages))
     rows = math.ceil(len(stages) / columns)
-    figure, axes = _axes(rows, columns, (3.5 * columns, 2.5 * rows))
+    figure, axes = new_axes(rows, columns, (3.5 * columns, 2.5 * rows))
     flat = list(axes.flat)
     for axis, (stage, quantity) in zip(flat, stages):
         curve = next(c for c in curves if (c.stage, c.quantity) == (stage, quantity))
@@ -257,7 +258,7 @@ def _training(curves: Sequence[TrainingCurve], theme: Theme) -> Any:
 
 def _search(report: SearchReport, theme: Theme) -> Any:
     """Plan length of the search against the human's, and the share solved by number of goals."""
-    figure, axes = _axes(1, 2, (9.6, 4.0))
+    figure, axes = new_axes(1, 2, (9.6, 4.0))
     _lengths(axes[0][0], report.tasks, theme)
     axis = axes[0][1]
     groups = [[t for t in report.tasks if low <= t.goals <= high] for low, high in _GOAL_BINS]

@@ -31,7 +31,7 @@ from egjax.sim.text import Line
 from egjax.sim.world import step
 from egjax.types import Goal, Scene, State
 
-__all__ = ["Relabel", "Relabelled", "gained", "hindsight_samples", "prune", "relabel"]
+__all__ = ["Relabel", "Relabelled", "gained", "hindsight_samples", "prune", "relabel", "rewards"]
 
 Array = jax.Array
 
@@ -85,6 +85,25 @@ def gained(episode: Episode) -> list[Predicate]:
     names = episode.classes
     known = _by_class(episode, (f for f in episode.start if (f[0], names[f[1]]) in alike))
     return sorted(found - known, key=lambda p: (p.relation, p.subject, p.other or ""))
+
+
+def rewards(
+    episode: Episode, predicates: Sequence[Predicate], *, gain: float, cost: float
+) -> list[float]:
+    """Reward of each step towards a goal in hindsight, as the search counts it.
+
+    Args:
+        episode: what happened.
+        predicates: the goal, none of which holds at the start.
+        gain: for each predicate that holds for the first time.
+        cost: of a step that brings none (negative).
+    """
+    wanted, found = set(predicates), []
+    for done in episode.steps:
+        met = _by_class(episode, done.added) & wanted
+        wanted -= met
+        found.append(gain * len(met) if met else cost)
+    return found
 
 
 def _appeal(predicate: Predicate, rooms: set[str]) -> float:

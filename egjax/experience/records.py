@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from egjax.errors import EgjaxError
 
 __all__ = [
+    "KINDS",
     "LABELS",
     "PAIR_KINDS",
     "PreferencePair",
     "Sample",
     "Trajectory",
+    "distinct",
     "from_flat",
     "to_flat",
 ]
 
-LABELS = ("positive", "failed", "redundant")
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "positive": ("tree", "best_first"),
+        "failed": ("exploration", "omission", "order"),
+        "redundant": ("detour", "repeat", "object", "extra"),
+        "hindsight": ("exploration",),
+    }
+)
+"""Kinds of each label: positive by what found it; failed as tried by the search, or a plan with a
+step left out or two in the wrong order; redundant by what is needless, see
+`egjax.search.variants`; hindsight by what was relabelled."""
+LABELS = tuple(KINDS)
 PAIR_KINDS = ("failed", "redundant")
+
+
+_LINES = ("script", "wanted", "refusals")
+_NUMBERS = ("rewards", "values", "visits")
 
 
 def _one_of(value: str, allowed: tuple[str, ...], where: str) -> None:
@@ -37,15 +55,26 @@ class Trajectory:
         task: name of the task, e.g. `file710_2`.
         title: the activity, e.g. `Watch TV`.
         split: `train`, `seen` (held out, activity in training) or `unseen`.
-        script: accepted actions in RobotHow's form, one `[GRAB] <cup> (12)` each.
+        script: actions in RobotHow's form, one `[GRAB] <cup> (12)` each.
         text: the same plan in English, `Walk to kitchen. Grab cup.`
-        label: `positive` (every goal holds at the end), `failed`, or `redundant` (reaches the
-            goal with needless steps).
+        label: `positive` (every goal holds at the end), `failed`, `redundant` (reaches the goal
+            with needless steps), or `hindsight` (a failure with a goal that it did reach).
         solved: whether every goal holds at the end.
         total_return: sum of rewards, +2 a newly met goal and −0.1 a step that meets none
             (episodic grounding, arXiv 2506.01312).
         goals: name of the goal set, `core` or `e2wm`.
         seed: the random seed it was found with.
+        kind: one of `KINDS[label]`; empty if unknown.
+        wanted: the goals in words, `ON(cup, table)` each; for hindsight its own.
+        rewards: of each step of the script; 0 of one that is refused or comes after a refusal.
+        values: mean return from each step on, of all that the search tried from there: of the
+            tree's edge where it has one (`visits` > 0), else what this trajectory went on to earn.
+        visits: of the tree's edge of each step; 0 below the tree.
+        refusals: for each step of the text why the simulator refuses it, empty where it accepts.
+            Nothing is tried after a refusal.
+
+    `rewards`, `values`, `visits` and `refusals` are as long as the script, or empty where they were
+    not kept.
     """
 
     task: str
@@ -58,15 +87,29 @@ class Trajectory:
     total_return: float
     goals: str
     seed: int
+    kind: str = ""
+    wanted: tuple[str, ...] = ()
+    rewards: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
+    visits: tuple[int, ...] = ()
+    refusals: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "script", tuple(self.script))
         _one_of(self.label, LABELS, "Trajectory.label")
+        _one_of(self.kind, ("", *KINDS[self.label]), "Trajectory.kind")
+        for name in (*_LINES, *_NUMBERS):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         # Scripts are stored as lines of one text, so a line must be one line.
-        if any(not line or line.splitlines() != [line] for line in self.script):
-            raise EgjaxError(
-                "a script line is empty or has a line break", where="Trajectory.script"
-            )
+        for name in _LINES:
+            lines = getattr(self, name)
+            if any((not x and name != "refusals") or len(x.splitlines()) > 1 for x in lines):
+                raise EgjaxError("a line is empty or has a line break", where=f"Trajectory.{name}")
+        for name in (*_NUMBERS, "refusals"):
+            if len(getattr(self, name)) not in (0, len(self.script)):
+                raise EgjaxError(
+                    f"{len(getattr(self, name))} values for {len(self.script)} steps",
+                    where=f"Trajectory.{name}",
+                )
 
     @property
     def length(self) -> int:
@@ -120,11 +163,24 @@ class Sample:
 Record = TypeVar("Record", Trajectory, PreferencePair)
 
 
+def distinct(records: Sequence[Trajectory]) -> list[Trajectory]:
+    """The first of those of one task with the same actions and the same goals."""
+    found: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Trajectory] = {}
+    for record in records:
+        found.setdefault((record.task, record.wanted, record.script), record)
+    return list(found.values())
+
+
 def to_flat(record: Trajectory | PreferencePair) -> dict[str, Any]:
-    """A flat dictionary of strings, numbers and booleans; inverse of `from_flat`."""
-    flat = asdict(record)
+    """A flat dictionary of strings, numbers, booleans and lists of numbers; inverse of `from_flat`.
+
+    Lines of text are joined by line breaks.
+    """
+    flat = {field.name: getattr(record, field.name) for field in fields(record)}
     if isinstance(record, Trajectory):
-        flat["script"] = "\n".join(record.script)
+        flat |= {name: list(flat[name]) for name in _NUMBERS}
+        # The first of several empty lines must not get lost.
+        flat |= {name: "".join(f"{line}\n" for line in flat[name]) for name in _LINES}
     return flat
 
 
@@ -133,7 +189,7 @@ def from_flat(kind: type[Record], flat: Mapping[str, Any]) -> Record:
 
     Args:
         kind: `Trajectory` or `PreferencePair`.
-        flat: the fields by name; texts may be bytes and numbers NumPy scalars.
+        flat: the fields by name; texts may be bytes, numbers NumPy scalars and lists arrays.
 
     Raises:
         EgjaxError: a field is missing or superfluous, or holds a value that is not allowed.
@@ -147,9 +203,9 @@ def from_flat(kind: type[Record], flat: Mapping[str, Any]) -> Record:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.decode("utf-8")
-        return value.item() if hasattr(value, "item") else value
+        return value.tolist() if hasattr(value, "tolist") else value
 
     values = {name: plain(flat[name]) for name in names}
-    if "script" in values:
-        values["script"] = tuple(values["script"].split("\n")) if values["script"] else ()
+    if kind is Trajectory:
+        values |= {name: tuple(values[name].split("\n")[:-1]) for name in _LINES}
     return kind(**values)

@@ -32,7 +32,9 @@ __all__ = [
     "focus_table",
     "line_arrays",
     "load_worlds",
+    "make_world",
     "replay",
+    "replay_all",
     "resolves",
     "wander",
     "with_start",
@@ -94,22 +96,26 @@ def load_worlds(graphs: Sequence[Mapping[str, Any]], sizes: Sizes | None = None)
     if not graphs:
         raise EgjaxError("no scene graphs to wander in")
     sizes = sizes or sizes_of(graphs)
-    worlds = []
-    for number, graph in enumerate(graphs):
-        scene, state, names = encode(graph, sizes, where=f"graph {number}")
-        number_of: dict[str, int] = {}
-        classes = np.full(sizes.nodes, sizes.nodes - 1, np.int32)
-        for i, node in enumerate(names.nodes):
-            classes[i] = number_of.setdefault(node["class_name"], len(number_of))
-        traits = [int(p) for p in np.asarray(scene.props)[: len(names.nodes)]]
-        kinds: dict[Trait, dict[str, list[int]]] = {trait: {} for trait in Trait}
-        for i, node in enumerate(names.nodes):
-            for trait in Trait if node["class_name"] not in _SCENERY else ():
-                if traits[i] >> int(trait) & 1:
-                    kinds[trait].setdefault(node["class_name"], []).append(i)
-        recorder = Recorder(scene, state, names)
-        worlds.append(World(scene, state, names, classes, recorder, traits, kinds))
-    return worlds
+    return [
+        make_world(*encode(graph, sizes, where=f"graph {number}"))
+        for number, graph in enumerate(graphs)
+    ]
+
+
+def make_world(scene: Scene, state: State, names: Names) -> World:
+    """A scene that is encoded already, made ready."""
+    size = len(np.asarray(scene.ids))
+    number_of: dict[str, int] = {}
+    classes = np.full(size, size - 1, np.int32)
+    for i, node in enumerate(names.nodes):
+        classes[i] = number_of.setdefault(node["class_name"], len(number_of))
+    traits = [int(p) for p in np.asarray(scene.props)[: len(names.nodes)]]
+    kinds: dict[Trait, dict[str, list[int]]] = {trait: {} for trait in Trait}
+    for i, node in enumerate(names.nodes):
+        for trait in Trait if node["class_name"] not in _SCENERY else ():
+            if traits[i] >> int(trait) & 1:
+                kinds[trait].setdefault(node["class_name"], []).append(i)
+    return World(scene, state, names, classes, Recorder(scene, state, names), traits, kinds)
 
 
 def _held(state: State) -> Array:
@@ -425,3 +431,50 @@ def replay(world: World, lines: Sequence[Line]) -> tuple[Episode, State]:
 
 
 _one_step = jax.jit(step)
+
+
+def replay_all(
+    world: World, scripts: Sequence[Sequence[Line]], *, length: int, batch: int
+) -> tuple[list[Episode], State]:
+    """`replay` of several scripts in one go; of each its first steps, up to the first refusal.
+
+    Args:
+        world: where.
+        scripts: at most `batch` of them.
+        length: steps T looked at.
+        batch: scripts played at once, so that one compilation serves.
+
+    Returns:
+        An episode each, and their states stacked along axes [batch, T+1].
+    """
+    cut = [list(script[:length]) for script in scripts]
+    columns = line_arrays(world.names, cut + [[]] * (batch - len(cut)), length)
+    real = np.arange(length) < np.array([len(s) for s in cut] + [0] * (batch - len(cut)))[:, None]
+    accepted, states = jax.tree.map(
+        np.asarray, _play_all(world.scene, world.state, *map(jnp.asarray, columns), real)
+    )
+    count = accepted.sum(1)
+    episodes = [
+        world.recorder.episode(lines[:n], states.nodes[i, : n + 1], states.added[i, : n + 1])
+        for i, (lines, n) in enumerate(zip(cut, count, strict=False))
+    ]
+    return episodes, states
+
+
+@jax.jit
+def _play_all(scene, state, verb, obj, target, real):
+    start = jax.tree.map(jnp.asarray, state)
+
+    def one(verb, obj, target, real):
+        def act(carry, row):
+            state, fine = carry
+            verb, obj, target, real = row
+            after, code = step(scene, state, verb, obj, target)
+            fine &= real & (code == 0)
+            state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, state)
+            return (state, fine), (fine, state)
+
+        _, (fine, states) = jax.lax.scan(act, (start, True), (verb, obj, target, real))
+        return fine, with_start(start, states)
+
+    return jax.vmap(one)(verb, obj, target, real)

@@ -27,15 +27,23 @@ __all__ = ["PreferencePairs", "RecordSource", "Trajectories", "read", "splits", 
 Record = TypeVar("Record", Trajectory, PreferencePair)
 
 
+_TYPES = {"rewards": np.float64, "values": np.float64, "visits": np.int64}  # of each step
+
+
 class Trajectories(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of `Trajectory` records; splits are those the records name."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     record = Trajectory
     pending: Sequence[Any] = ()
 
     def _info(self):
         text = tfds.features.Text
+
+        def array(shape: tuple[int | None, ...], dtype: type) -> Any:
+            # As bytes, because plain numbers are stored in 32 bits.
+            return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+
         return tfds.core.DatasetInfo(
             builder=self,
             description="Plans that search found in the household, with their verdicts.",
@@ -48,12 +56,13 @@ class Trajectories(tfds.core.GeneratorBasedBuilder):
                     "text": text(),
                     "label": text(),
                     "solved": tfds.features.Tensor(shape=(), dtype=np.bool_),
-                    # As bytes, because plain numbers are stored in 32 bits.
-                    "total_return": tfds.features.Tensor(
-                        shape=(), dtype=np.float64, encoding="bytes"
-                    ),
+                    "total_return": array((), np.float64),
                     "goals": text(),
                     "seed": tfds.features.Tensor(shape=(), dtype=np.int64),
+                    "kind": text(),
+                    "wanted": text(),
+                    **{name: array((None,), dtype) for name, dtype in _TYPES.items()},
+                    "refusals": text(),
                 }
             ),
             # The order of the records is part of what is stored.
@@ -70,7 +79,10 @@ class Trajectories(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, records):
         for index, record in enumerate(records):
-            yield index, to_flat(record)
+            flat = to_flat(record)
+            # An empty list has no type of its own.
+            numbers = {k: np.asarray(v, _TYPES[k]) for k, v in flat.items() if k in _TYPES}
+            yield index, {**flat, **numbers}
 
 
 class PreferencePairs(tfds.core.GeneratorBasedBuilder):

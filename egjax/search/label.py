@@ -19,9 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from egjax.errors import EgjaxError
-from egjax.search.mcts import Embedding, Outcome, Params, World
+from egjax.search.mcts import Embedding, Outcome, Params, Search, World
 
-__all__ = ["Experience", "LabelConfig", "Pair", "insert", "label", "pairs", "prune", "replay"]
+__all__ = [
+    "Experience",
+    "LabelConfig",
+    "Pair",
+    "Traced",
+    "insert",
+    "label",
+    "pad",
+    "pairs",
+    "prune",
+    "replay",
+    "replays",
+    "trace",
+]
 
 Array = jax.Array
 Plan = tuple[int, ...]
@@ -39,6 +52,8 @@ class LabelConfig:
         stretch: a failure is cut to so many times the steps of the shortest success; what is left
             is a failed exploration as well, and with 1 its length does not tell it from a success.
         variants: attempts at inserting needless steps into the shortest success.
+        each: plans made of the shortest success of each kind, see `egjax.search.variants`; 0 for
+            none.
     """
 
     k: int = 4
@@ -46,6 +61,7 @@ class LabelConfig:
     ratio: float = 1.25
     stretch: float = 1.0
     variants: int = 16
+    each: int = 1
 
 
 class Experience(NamedTuple):
@@ -56,11 +72,13 @@ class Experience(NamedTuple):
         positives: pruned successes, shortest first.
         failed: explorations that do not reach the goal, highest return first.
         redundant: successes with needless steps, shortest first.
+        explored: the explorations of `failed` before they were cut.
     """
 
     positives: list[Plan]
     failed: list[Plan]
     redundant: list[Plan]
+    explored: list[Plan]
 
 
 class Pair(NamedTuple):
@@ -76,7 +94,7 @@ class Pair(NamedTuple):
 
 def replay(
     world: World, params: Params, embedding: Embedding, plan: Array, steps: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Plays one plan, skipping what is not legal and all that comes after the goal.
 
     Args:
@@ -86,35 +104,37 @@ def replay(
         steps: int32[]. Only so many places of the plan are looked at.
 
     Returns:
-        accepted bool[L] and solved bool[].
+        accepted bool[L], solved bool[], and the reward f32[L] of each accepted step.
     """
 
     def step(carry):
-        place, embedding, done, accepted = carry
+        place, embedding, done, accepted, rewards = carry
         index = jnp.maximum(plan[place], 0)
         taken = world.legal(params, embedding)[index] & (plan[place] >= 0) & ~done
-        after, _, solved, _ = world.step(params, embedding, index)
+        after, reward, solved, _ = world.step(params, embedding, index)
         embedding = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, embedding)
-        return place + 1, embedding, done | (taken & solved), accepted.at[place].set(taken)
+        rewards = rewards.at[place].set(jnp.where(taken, reward, 0.0))
+        return place + 1, embedding, done | (taken & solved), accepted.at[place].set(taken), rewards
 
-    start = jnp.zeros((), jnp.int32), embedding, jnp.zeros((), bool), jnp.zeros(plan.shape, bool)
-    _, _, solved, accepted = jax.lax.while_loop(lambda carry: carry[0] < steps, step, start)
-    return accepted, solved
+    none, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    start = none, embedding, no, jnp.zeros(plan.shape, bool), jnp.zeros(plan.shape, jnp.float32)
+    end = jax.lax.while_loop(lambda carry: carry[0] < steps, step, start)
+    return end[3], end[2], end[4]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _replay_batch(
     world: World, params: Params, embedding: Embedding, plans: Array, steps: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     one = functools.partial(replay, world)
     every = jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, 0, 0, None))
     return every(params, embedding, plans, steps)
 
 
-def _replays(
+def replays(
     world: World, params: Params, embedding: Embedding, plans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Accepted bool[B, P, L] and solved bool[B, P] of P plans a task.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `replay` gives for P plans a task: bool[B, P, L], bool[B, P] and f32[B, P, L].
 
     Plans go through in rounds of four, padded to a multiple of 64 steps: with few shapes, labelling
     compiles the world once.
@@ -128,8 +148,10 @@ def _replays(
         _replay_batch(world, params, embedding, jnp.asarray(padded[:, start : start + 4]), steps)
         for start in range(0, padded.shape[1], 4)
     ]
-    accepted, solved = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
-    return accepted[:, :count, :length], solved[:, :count]
+    accepted, solved, rewards = (
+        np.concatenate(parts, axis=1)[:, :count] for parts in zip(*rounds, strict=True)
+    )
+    return accepted[..., :length], solved, rewards[..., :length]
 
 
 def prune(world: World, params: Params, embedding: Embedding, plans: np.ndarray) -> np.ndarray:
@@ -155,7 +177,7 @@ def prune(world: World, params: Params, embedding: Embedding, plans: np.ndarray)
                 continue
             rest = plans.copy()
             rest[:, :, place] = -1
-            accepted, solved = _replays(world, params, embedding, rest)
+            accepted, solved, _ = replays(world, params, embedding, rest)
             plans = np.where(solved[..., None], np.where(accepted, rest, -1), plans)
     return plans
 
@@ -183,7 +205,7 @@ def insert(
     old = np.broadcast_to(plans[:, None], lots.shape)
     offered = np.where(old >= 0, lots, -1)
     both = np.stack([offered, old], axis=-1).reshape(*lots.shape[:2], -1)
-    accepted, solved = _replays(world, params, embedding, both)
+    accepted, solved, _ = replays(world, params, embedding, both)
     kept = accepted.reshape(*lots.shape, 2)
     whole = (kept[..., 1] == (old >= 0)).all(-1)
     return np.where(accepted, both, -1), whole & solved & kept[..., 0].any(-1)
@@ -204,8 +226,8 @@ def _distinct(rows: np.ndarray, order: np.ndarray, limit: int) -> list[Plan]:
     return list(found)
 
 
-def _pad(plans: Sequence[Sequence[Plan]]) -> np.ndarray:
-    """int32[B, P, L] of nested plans."""
+def pad(plans: Sequence[Sequence[Plan]]) -> np.ndarray:
+    """int32[B, P, L] of P plans a task, at least one of one step; -1 where there is none."""
     width = max((len(row) for row in plans), default=0)
     length = max((len(plan) for row in plans for plan in row), default=0)
     padded = np.full((len(plans), max(width, 1), max(length, 1)), -1, np.int32)
@@ -251,7 +273,7 @@ def label(
     by_length = np.argsort(np.where(solved_at >= 0, solved_at, 1 << 30), axis=1, kind="stable")
     wins = (solved_at >= 0).sum(1)
     raw = [_distinct(actions[b], by_length[b, : wins[b]], config.k) for b in range(batch)]
-    pruned = prune(world, params, embedding, _pad(raw))
+    pruned = prune(world, params, embedding, pad(raw))
     positives = [
         sorted({_plan(row) for row in pruned[b, : len(raw[b])]}, key=lambda plan: (len(plan), plan))
         for b in range(batch)
@@ -259,7 +281,7 @@ def label(
 
     shortest = [plans[0] if plans else () for plans in positives]
     steps = np.array([len(plan) for plan in shortest])
-    whole = _pad([[plan] for plan in shortest])[:, 0]
+    whole = pad([[plan] for plan in shortest])[:, 0]
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     lots = (batch, config.variants, whole.shape[1])
     # Half of what is offered is legal, or so.
@@ -283,7 +305,8 @@ def label(
         lost = lost[np.argsort(-returns[b, lost], kind="stable")]
         cut = int(np.ceil(steps[b] * config.stretch)) or actions.shape[-1]
         failed = _distinct(actions[b, :, :cut], lost, config.k)
-        labelled.append(Experience(positives[b], failed, sorted(redundant, key=len)))
+        explored = _distinct(actions[b], lost, config.k)
+        labelled.append(Experience(positives[b], failed, sorted(redundant, key=len), explored))
     return labelled
 
 
@@ -294,3 +317,62 @@ def pairs(experience: Experience) -> list[Pair]:
     chosen = experience.positives[0]
     worse = [Pair(chosen, plan, "failed") for plan in experience.failed]
     return worse + [Pair(chosen, plan, "redundant") for plan in experience.redundant]
+
+
+class Traced(NamedTuple):
+    """What is known of each step of one plan, tuples of its length.
+
+    Attributes:
+        rewards: of the step; 0 of one that is not legal, and of all that come after it.
+        values: mean return from the step on, of all that the search tried from there: that of the
+            tree's edge, below the tree what this plan goes on to earn.
+        visits: of the tree's edge, 0 below the tree.
+    """
+
+    rewards: tuple[float, ...]
+    values: tuple[float, ...]
+    visits: tuple[int, ...]
+
+
+def trace(
+    world: World,
+    params: Params,
+    embedding: Embedding,
+    plans: Sequence[Sequence[Plan]],
+    *,
+    discount: float = 1.0,
+    search: Search | None = None,
+) -> list[list[Traced]]:
+    """Rewards, values and visits along plans.
+
+    Args:
+        world: the rules.
+        params, embedding: pytrees of [B, ...].
+        plans: of each of B tasks.
+        discount: of rewards a step.
+        search: trees of the B tasks; without, nothing was visited.
+    """
+    padded = pad(plans)
+    accepted, _, rewards = replays(world, params, embedding, padded)
+    tried = np.logical_and.accumulate(accepted, axis=-1)
+    earned = np.where(tried, rewards, 0.0)
+    edges = None
+    if search is not None:
+        tree = search.tree
+        gain = tree.children_rewards + tree.children_discounts * tree.children_values
+        edges = tuple(map(np.asarray, (tree.children_index, tree.children_visits, gain)))
+
+    def one(b: int, p: int, plan: Plan) -> Traced:
+        steps = [float(r) for r in earned[b, p, : len(plan)]]
+        values, visits, later = [0.0] * len(plan), [0] * len(plan), 0.0
+        for t in reversed(range(len(plan))):
+            values[t] = later = steps[t] + discount * later
+        node = 0
+        for t, action in enumerate(plan if edges is not None else ()):
+            children, count, gain = (column[b, node, action] for column in edges or ())
+            if count == 0 or not tried[b, p, t]:
+                break
+            visits[t], values[t], node = int(count), float(gain), int(children)
+        return Traced(tuple(steps), tuple(values), tuple(visits))
+
+    return [[one(b, p, plan) for p, plan in enumerate(row)] for b, row in enumerate(plans)]

@@ -2,11 +2,12 @@ import jax
 import numpy as np
 from errand_helpers import FOCUS, state_at
 
-from egjax.experience.hindsight import Relabel, gained, hindsight_samples, relabel
+from egjax.experience.hindsight import Relabel, gained, hindsight_samples, relabel, rewards
 from egjax.experience.prompts import mentions
+from egjax.experience.rollouts import replay, replay_all
 from egjax.sim.goals import GoalSizes, encode_goal, goal_predicates, satisfied
 from egjax.sim.graph import decode
-from egjax.sim.text import bind, parse_english
+from egjax.sim.text import bind, parse_english, parse_script
 from egjax.sim.world import step
 
 STEP, HOLDS = jax.jit(step), jax.jit(satisfied)
@@ -50,6 +51,38 @@ def test_english_plans_reach_their_goals_and_no_step_can_go(batches):
                 assert outcome(world, world.state, shorter, predicates)[1] is not True
             plans += 1
     assert plans > 10
+
+
+def test_scripts_played_together_are_those_played_one_by_one(batches):
+    world, episodes, _ = batches[0]
+    scripts = [[done.line for done in episode.steps] for episode in episodes[:3]]
+    # Nobody sleeps on their feet: refused, and nothing comes after it.
+    scripts[1][2:2] = [parse_script("[SLEEP]")[0]]
+    assert len(scripts[0]) > 8
+    found, states = replay_all(world, scripts, length=8, batch=4)
+    assert states.nodes.shape[:2] == (4, 9)
+    for episode, script, upto in zip(found, scripts, (8, 2, 8), strict=True):
+        alone, along = replay(world, script[:upto])
+        assert episode == alone
+    np.testing.assert_array_equal(states.nodes[2], along.nodes)
+
+
+def test_rewards_in_hindsight_are_paid_when_a_goal_first_holds(batches):
+    world, episodes, states = batches[0]
+    found = relabel(world, episodes, states, seed=5, config=Relabel(later=0.0, whole=0.0))
+    for episode, predicates in found[:6]:
+        paid = rewards(episode, predicates, gain=2.0, cost=-0.1)
+        sizes = GoalSizes(8, 64)
+        goal = encode_goal(predicates, world.names, nodes=len(world.classes), sizes=sizes)
+        state, before = world.state, np.asarray(HOLDS(world.scene, world.state, goal))
+        assert not before[np.asarray(goal.mask)].any()
+        for line, reward in zip(parse_english(episode.english()), paid, strict=True):
+            state, _ = STEP(world.scene, state, *bind(world.scene, state, world.names, line))
+            held = before | np.asarray(HOLDS(world.scene, state, goal))
+            new = int((held & ~before).sum())
+            assert reward == (2.0 * new if new else -0.1)
+            before = held
+        assert sum(r > 0 for r in paid) > 0
 
 
 def test_widened_goals_are_everything_that_the_plan_brings(batches):

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from egjax.experience.records import (
     PreferencePair,
     Sample,
     Trajectory,
+    distinct,
     from_flat,
     to_flat,
 )
@@ -25,6 +27,12 @@ def trajectory(**changes) -> Trajectory:
         "total_return": 1.9000000000000001,
         "goals": "core",
         "seed": 2**40,
+        "kind": "tree",
+        "wanted": ("HOLDS_RH(character, cup)",),
+        "rewards": (-0.1, 2.0),
+        "values": (1.9, 2.0),
+        "visits": (3, 2**40),
+        "refusals": ("", "the cup is not near"),
     }
     return Trajectory(**(values | changes))
 
@@ -40,10 +48,23 @@ def pair(**changes) -> PreferencePair:
     return PreferencePair(**(values | changes))
 
 
-@pytest.mark.parametrize("record", [trajectory(), trajectory(script=(), solved=False), pair()])
+BARE = {name: () for name in ("wanted", "rewards", "values", "visits", "refusals")}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        trajectory(),
+        trajectory(kind="", **BARE),
+        trajectory(script=(), solved=False, **BARE),
+        trajectory(refusals=("", "")),
+        pair(),
+    ],
+)
 def test_flat_round_trip(record):
     flat = to_flat(record)
-    assert all(isinstance(value, str | bool | int | float) for value in flat.values())
+    assert all(isinstance(value, str | bool | int | float | list) for value in flat.values())
+    assert from_flat(type(record), json.loads(json.dumps(flat))) == record
     assert from_flat(type(record), flat) == record
     as_read = {k: v.encode() if isinstance(v, str) else v for k, v in flat.items()}
     assert from_flat(type(record), as_read) == record
@@ -54,17 +75,32 @@ def test_values_are_checked():
         trajectory(label="good")
     with pytest.raises(EgjaxError, match="line break"):
         trajectory(script=("[WALK] <a> (1)\n[WALK] <b> (2)",))
+    with pytest.raises(EgjaxError, match="omission"):
+        trajectory(label="failed", kind="tree")
+    with pytest.raises(EgjaxError, match="1 values for 2 steps"):
+        trajectory(visits=(1,))
     with pytest.raises(EgjaxError, match="choices"):
         Sample("counting", "Q?\nA:", "3", ("1", "2"))
     with pytest.raises(EgjaxError, match="expected"):
         from_flat(PreferencePair, {"task": "x"})
 
 
+def test_equal_trajectories_of_a_task_are_kept_once():
+    same, other = trajectory(seed=1), trajectory(script=("[SLEEP]", "[WAKEUP]"))
+    elsewhere, goal = trajectory(task="file2_1"), trajectory(wanted=("OPEN(cup)",))
+    kept = distinct([trajectory(), same, other, elsewhere, goal, other])
+    assert kept == [trajectory(), other, elsewhere, goal]
+
+
 def test_disk_round_trip_order_and_random_access(tmp_path):
     from egjax.experience.tfds import read, splits, write
 
     records = [trajectory(task=f"file{i}_1", seed=i) for i in range(23)]
-    records += [trajectory(task=f"held{i}_1", split="unseen", label="failed") for i in range(3)]
+    records[5] = trajectory(task="file5_1", seed=5, kind="", **BARE)
+    records += [
+        trajectory(task=f"held{i}_1", split="unseen", label="failed", kind="order")
+        for i in range(3)
+    ]
     write(records, tmp_path)
     pairs = [pair(chosen=f"Grab cup. {i}") for i in range(7)]
     write(pairs, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
@@ -55,6 +56,21 @@ def test_second_pass_pictures_and_proofs(names, tmp_path, capsys):
     proofs = figures(capsys.readouterr().out)
     assert proofs["optimum_proved"]["value"] == proofs["greedy_optimal"]["value"] == 2
     assert proofs["tree_optimal"]["value"] == found["tasks_solved_first"]["value"]
+
+
+def test_rates_are_told_while_batches_run(monkeypatch):
+    clock, told = [10.0], []
+    monkeypatch.setattr(collect.time, "perf_counter", lambda: clock[0])
+    live = collect.Live(lambda done, text: told.append((done, text)))
+    first, second = live.batch(4), live.batch(2)
+    none = np.zeros(4, bool)
+    first(16, none)  # compiled by now: the clock starts
+    clock[0] += 2
+    first(32, none)
+    second(16, none)
+    live.tasks(6, 5)
+    assert told[0] == (0, "0 solved")
+    assert told[-1] == (6, "5 solved, 48 simulations/s")  # (4 · 16 + 2 · 16) / 2
 
 
 def test_telling_is_for_comparison_only():

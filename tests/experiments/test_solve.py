@@ -50,6 +50,29 @@ def test_solve_prints_a_plan_that_the_simulator_accepts(home, capsys):
     assert "plan_length" in capsys.readouterr().out
 
 
+def test_solve_move_by_move_keeps_the_tree_and_draws_it(home, tmp_path, capsys):
+    search = dataclasses.replace(SMALL, simulations=64, chunk=8, until_solved=False)
+    config = solve.Config(
+        scene=home, goal=("ON(cup (5), table)",), search=search, moves=8, per_move=16, json=True
+    )
+    assert solve.main(dataclasses.replace(config, picture=tmp_path / "trees")) == 0
+    out, err = capsys.readouterr()
+    assert rows(out)["plan"]["steps"][-1]["script"] == "[PUTBACK] <cup> (5) <table> (3)"
+    moves = [line for line in err.splitlines() if line.startswith("move ")]
+    assert len(moves) == rows(out)["plan_length"]["value"]
+    # What a move has learnt serves the next: more visits than new simulations.
+    visits = [int(line.split(" of ")[1].split()[0]) for line in moves]
+    new = [int(line.split("visits, ")[1].split()[0]) for line in moves]
+    assert visits[0] == new[0] == 16
+    assert any(v > n for v, n in zip(visits[1:], new[1:], strict=True))
+    assert rows(out)["simulations"]["value"] == sum(new)
+    (png,), (text,) = (tmp_path / "trees").glob("*.png"), (tmp_path / "trees").glob("*.json")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(text.read_text())["nodes"][0]["parent"] is None
+    with pytest.raises(EgjaxError, match="less than a chunk of 8"):
+        solve.main(dataclasses.replace(config, per_move=4))
+
+
 def test_solve_says_what_cannot_be_done(home):
     with pytest.raises(EgjaxError, match="no action can bring that about"):
         solve.main(solve.Config(scene=home, goal=("DIRTY(cup)",)))

@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, module, arguments, mess
 
 def test_every_script_tells_its_options():
     scripts = [p.stem for p in (ROOT / "experiments").glob("*.py")]
-    helpers = {"__init__", "common", "data", "models", "training"}
+    helpers = {"__init__", "common", "data", "experience", "models", "shards", "training"}
     for module in sorted(set(scripts) - helpers):
         done = call(module, "--help")
         assert done.returncode == 0, module
@@ -132,6 +132,36 @@ def test_a_stopped_pipeline_goes_on_and_ends_with_a_report(pipeline):
     manifest = json.loads((run / "report" / "manifest.json").read_text())
     assert manifest["seeds"] == [0]
     assert {stage["name"] for stage in manifest["stages"]} >= {"tasks", "collect", "seed0/sft"}
+
+
+def test_experience_is_collected_in_shards_with_a_card(pipeline):
+    from egjax.experience.records import KINDS, Trajectory
+    from egjax.experience.tfds import read
+
+    run, *_ = pipeline
+    shards = sorted((run / "collect_shards").iterdir())
+    assert [path.name for path in shards] == ["00000", "00001"]
+    found = list(read(Trajectory, run / "collect" / "experience"))
+    kept = [line for path in shards for line in (path / "trajectories.jsonl").open()]
+    assert len(found) <= len(kept)
+    for one in found:
+        assert one.kind in KINDS[one.label]
+        assert one.wanted
+        assert len(one.rewards) == len(one.values) == len(one.visits) == one.length
+        assert len(one.refusals) == one.length
+        if one.label in ("positive", "hindsight"):
+            assert sum(r > 0 for r in one.rewards) > 0
+            assert not any(one.refusals)
+    assert any(max(one.visits, default=0) > 1 for one in found if one.label == "failed")
+    made = [one for one in found if one.kind in ("omission", "order")]
+    assert any(reason for one in made for reason in one.refusals)
+    assert {one.label for one in found} == set(KINDS)
+    assert len({(one.task, one.wanted, one.script) for one in found}) == len(found)
+    card = json.loads((run / "collect" / "card.json").read_text())
+    assert sum(card["trajectories"].values()) == len(found)
+    assert card["tasks"] == 8
+    assert "![lengths](card/lengths.png)" in (run / "collect" / "CARD.md").read_text()
+    assert (run / "collect" / "card" / "values.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):

@@ -12,7 +12,7 @@ import search_toy as toy
 
 from egjax.errors import EgjaxError
 from egjax.search import mcts
-from egjax.search.label import LabelConfig, insert, label, pairs, prune, replay
+from egjax.search.label import LabelConfig, insert, label, pairs, prune, replay, trace
 
 STARTS = jnp.array([[0, 0, 0], [3, 3, 0], [1, 0, 0]])
 PARAMS = toy.Maze(jnp.array([3, 12, 2]), jnp.array([15, 10, 9]), jnp.array([False, False, True]))
@@ -56,6 +56,9 @@ def test_labels_are_true(labelled):
         for plan in experience.failed:
             assert play(task, plan) == (True, -1)
             assert len(plan) <= config.stretch * shortest
+        for plan in experience.explored:
+            assert play(task, plan) == (True, -1)
+        assert any(len(plan) > shortest for plan in experience.explored)
         kinds = (experience.positives, experience.failed, experience.redundant)
         for plans in kinds:
             assert len(set(plans)) == len(plans)
@@ -118,11 +121,53 @@ def test_insert_keeps_the_plan_inside_the_longer_one():
 def test_replay_skips_what_is_illegal():
     params = jax.tree.map(lambda x: x[0], PARAMS)
     moves = jnp.array([1, 0, 3, 4, 0, -1, 0, 4, 2, 2, 2, 0])
-    accepted, solved = replay(toy.maze, params, STARTS[0], moves, jnp.int32(12))
+    accepted, solved, rewards = replay(toy.maze, params, STARTS[0], moves, jnp.int32(12))
     assert bool(solved)
+    paid = [r for r, kept in zip(rewards.tolist(), accepted.tolist(), strict=True) if kept]
+    assert paid == pytest.approx([-0.1, -0.1, -0.1, 2, -0.1, -0.1, 2])
+    assert not np.asarray(rewards)[~np.asarray(accepted)].any()
     assert not replay(toy.maze, params, STARTS[0], moves, jnp.int32(10))[1]
     kept = list(itertools.compress(moves.tolist(), accepted.tolist()))
     assert kept == [0, 0, 0, 4, 2, 2, 2]
+
+
+def test_trace_tells_what_the_tree_knows_of_each_step(labelled):
+    out, experiences = labelled
+    tree = mcts.tree_to_dict(out.search, 0)["nodes"]
+    discount = 0.9
+    found = experiences[0]
+    plans = [[found.positives[0], found.failed[0]], [experiences[1].positives[0]], []]
+    traced = trace(toy.maze, PARAMS, STARTS, plans, discount=discount, search=out.search)
+    assert [len(row) for row in traced] == [2, 1, 0]
+    below = {(node["parent"], node["action"]): node for node in tree}
+    for plan, one in zip(plans[0], traced[0], strict=True):
+        state, params = STARTS[0], jax.tree.map(lambda x: x[0], PARAMS)
+        node, steps = 0, []
+        for t, action in enumerate(plan):
+            state, reward, *_ = toy.maze.step(params, state, jnp.int32(action))
+            steps.append(float(reward))
+            child = below.get((node, action)) if node is not None else None
+            node = None if child is None else child["id"]
+            assert one.visits[t] == (0 if child is None else child["visits"])
+            if child is not None:  # the search's own discount was 1
+                assert one.values[t] == pytest.approx(float(reward) + child["value"], abs=1e-5)
+        assert one.rewards == pytest.approx(steps)
+        assert one.visits[0] > 0
+        for t in range(len(plan)):
+            if one.visits[t] == 0:
+                to_go = sum(r * discount**k for k, r in enumerate(steps[t:]))
+                assert one.values[t] == pytest.approx(to_go, abs=1e-5)
+
+
+def test_trace_ends_at_the_first_step_that_is_not_legal(labelled):
+    plan = (0, 0, 4, 0, 2)  # the key is further on
+    own = trace(toy.maze, PARAMS, STARTS, [[plan], [], []])[0][0]
+    assert own.rewards == pytest.approx([-0.1, -0.1, 0, 0, 0])
+    assert own.values == pytest.approx([-0.2, -0.1, 0, 0, 0])
+    assert own.visits == (0,) * 5
+    seen = trace(toy.maze, PARAMS, STARTS, [[plan], [], []], search=labelled[0].search)[0][0]
+    assert seen.visits[0] > 0
+    assert seen.visits[2:] == (0, 0, 0)
 
 
 def test_bad_config_is_refused(labelled):
