@@ -239,10 +239,21 @@ def _einsum(formula: str, x: Array, weights: Array, dtype=None) -> Array:
 
 
 def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
-    """A projection, with its bias where the model has one."""
+    """A projection, with its bias and its low-rank adapter (`egjax.lm.lora`) where there is one."""
     y = _einsum(formula, x, weights[name])
     bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
+    if bias is not None:
+        y = y + bias
+    if f"{name}_lora_a" not in weights:
+        return y
+    before, after = formula.split("->")
+    before, matrix = before.split(",")
+    into = "".join(axis for axis in matrix if axis in before)
+    low = _einsum(f"{before},{into}r->btr", x, weights[f"{name}_lora_a"])
+    if "lora_rows" in weights:
+        low = low * weights["lora_rows"][:, None, None].astype(low.dtype)
+    out = matrix.replace(into, "")
+    return y + _einsum(f"btr,r{out}->{after}", low, weights[f"{name}_lora_b"])
 
 
 def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
