@@ -22,6 +22,7 @@ from egjax.lm.cache import Cache, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
+from egjax.mesh import constrain
 
 __all__ = ["Trunk", "forward", "head", "rms_norm", "rope_angles", "rotate", "trunk", "unembed"]
 
@@ -138,6 +139,7 @@ def trunk(
         # the row a segment begins.
         positions = before + jnp.arange(length)[None]
     rope = rope_angles(config, positions)
+    stream = _stream_axes(config, tokens)
 
     def layer(carry, scanned):
         x, store = carry
@@ -146,11 +148,12 @@ def trunk(
         query, key, value = _project(weights, normed, rope)
         if store is not None:
             store, key, value = write(store, index, key, value)
-        x = x + _attend(config, weights, query, key, value, allowed)
-        x = x + _mlp(weights, rms_norm(x, weights["mlp_norm"], config.rms_norm_eps))
+        x = constrain(x + _attend(config, weights, query, key, value, allowed), *stream)
+        normed = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
+        x = constrain(x + _mlp(weights, normed), *stream)
         return (x, store), x if return_hidden else None
 
-    first = params["embedding"][tokens]
+    first = constrain(params["embedding"][tokens], *stream)
     indices = jnp.arange(config.num_layers)
     (last, cache), after = jax.lax.scan(
         layer if remat is None else remat(layer), (first, cache), (params["layers"], indices)
@@ -224,6 +227,16 @@ def rotate(x: Array, rope: Rope) -> Array:
     return turned.astype(x.dtype)
 
 
+def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
+    """Logical axes of the residual stream [B, T, D] on a mesh.
+
+    Weights are split over `data` along D. With more tokens than D it moves less to gather them,
+    and rows are split; with fewer (decoding) the weights stay where they are and the stream is
+    split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102).
+    """
+    return ("batch", None, None) if tokens.size >= config.hidden_size else (None, None, "embed")
+
+
 def _visible(segment_ids: Array, key_segments: Array, before: Array | int) -> Array:
     """bool[B, T, S]: which keys a token sees: earlier ones of its segment, and itself."""
     queries, keys = segment_ids.shape[1], key_segments.shape[1]
@@ -250,7 +263,11 @@ def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array
     query = rotate(_linear(weights, "query", "btd,dhk->bthk", x), rope)
     key = rotate(_linear(weights, "key", "btd,dnk->btnk", x), rope)
     value = _linear(weights, "value", "btd,dnk->btnk", x)
-    return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return (
+        constrain(query.swapaxes(1, 2), "batch", "heads", None, None),
+        constrain(key.swapaxes(1, 2), "batch", "kv_heads", None, None),
+        constrain(value.swapaxes(1, 2), "batch", "kv_heads", None, None),
+    )
 
 
 def _attend(

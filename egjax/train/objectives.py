@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from egjax.losses import (
     Head,
@@ -33,6 +35,7 @@ from egjax.losses import (
     sft,
     token_logps,
 )
+from egjax.mesh import mesh_in_use
 from egjax.train.data import PairBatch, TokenBatch
 from egjax.train.step import LossFn
 
@@ -49,6 +52,10 @@ __all__ = [
 
 Array = jax.Array
 Params = Any
+
+TOKENS_A_DEVICE = 512
+"""Tokens whose logits a row of devices forms at once on a mesh: enough that reading the
+unembedding from memory takes less time than multiplying with it."""
 
 # (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V] or a
 # head with hidden states [B, T, D].
@@ -82,11 +89,70 @@ def _outputs(apply: Apply, params: Params, batch: TokenBatch) -> Any:
     return apply(params, batch.tokens, batch.positions, batch.segment_ids)
 
 
+def _by_device(chunked: Callable[..., Any], student: Head, others: Any, whole: Any) -> Any:
+    """A loss in chunks on the mesh in use: each row of devices works on its own tokens.
+
+    So each unembedding is gathered once, and its gradient summed once over the devices; left to
+    the compiler both would happen in every chunk.
+
+    Args:
+        chunked: `(student, others, whole, **sizes) -> arrays`, one value per row or token.
+        student: hidden states [B, ...] and their unembedding.
+        others: pytree of teachers and arrays [B, ...].
+        whole: pytree of arrays that every device has whole.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return chunked(student, others, whole)
+    shards = mesh.shape["model"]
+    sizes = {
+        "tokens": TOKENS_A_DEVICE,
+        "vocab_shards": 1 if student.vocabulary % shards else shards,
+    }
+    if mesh.shape["data"] == 1:
+        return chunked(student, others, whole, **sizes)
+    split = PartitionSpec("data")
+
+    def place(x: Any) -> Any:
+        if hasattr(x, "pick"):
+            return jax.tree.map(lambda _: PartitionSpec(), x).pick(lambda _: split)
+        return split
+
+    return jax.shard_map(
+        partial(chunked, **sizes),
+        in_specs=(
+            place(student),
+            jax.tree.map(place, others, is_leaf=lambda x: hasattr(x, "pick")),
+            jax.tree.map(lambda _: PartitionSpec(), whole),
+        ),
+        out_specs=split,
+        axis_names={"data"},
+        check_vma=False,
+    )(student, others, whole)
+
+
+def _weighted_sum(
+    student: Head, teacher: Any, weights: Array, terms: Terms, vocab_mask: Array | None
+) -> tuple[Array, Array]:
+    """`chunked_loss` on the mesh in use: the sum, and the losses of the tokens."""
+
+    def chunked(student: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
+        total, losses = chunked_loss(student, *others, terms=terms, vocab_mask=mask, **sizes)
+        return total[None], losses
+
+    totals, losses = _by_device(chunked, student, (teacher, weights), vocab_mask)
+    return totals.sum(), losses
+
+
 def _sequence_logps(
     outputs: Any, rows: TokenBatch, vocab_mask: Array | None
 ) -> tuple[Array, Array]:
     if isinstance(outputs, Head):
-        return chunked_sequence_logps(outputs, rows.targets, rows.mask, vocab_mask=vocab_mask)
+
+        def chunked(outputs: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
+            return chunked_sequence_logps(outputs, *others, vocab_mask=mask, **sizes)
+
+        return _by_device(chunked, outputs, (rows.targets, rows.mask), vocab_mask)
     return sequence_logps(outputs, rows.targets, rows.mask, vocab_mask)
 
 
@@ -111,12 +177,8 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
         count = batch.mask.sum()
         if isinstance(logits, Head):
             weights = jnp.where(batch.mask, batch.weights, 0.0)
-            total, nll = chunked_loss(
-                logits,
-                Targets(batch.targets),
-                weights,
-                terms=forward_kl_terms,
-                vocab_mask=vocab_mask,
+            total, nll = _weighted_sum(
+                logits, Targets(batch.targets), weights, forward_kl_terms, vocab_mask
             )
             return total, count, {"nll": (_masked_sum(nll, batch.mask), count)}
         nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
@@ -172,7 +234,7 @@ def distill_to_ratio(
         if isinstance(logits, Head):
             weights = jnp.where(batch.mask, batch.weights, 0.0)
             teacher = Ratio(*models, alpha=alpha, clip=clip, plausible=plausible)
-            total, _ = chunked_loss(logits, teacher, weights, terms=terms, vocab_mask=vocab_mask)
+            total, _ = _weighted_sum(logits, teacher, weights, terms, vocab_mask)
             return total, batch.mask.sum(), {}
         teacher = behaviour_ratio(
             *models, alpha=alpha, clip=clip, plausible=plausible, vocab_mask=vocab_mask
@@ -263,8 +325,8 @@ def preference_with_initial(
         count = batch.mask.sum()
         if isinstance(logits, Head):
             counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
-            penalty, kls = chunked_loss(
-                logits, initial, kl_weight / 2 * counted, vocab_mask=vocab_mask
+            penalty, kls = _weighted_sum(
+                logits, initial, kl_weight / 2 * counted, reverse_kl_terms, vocab_mask
             )
             metrics = _pair_metrics(metrics, batch.mask) | {
                 "kl": (_masked_sum(kls, counted) / 2, count)

@@ -92,7 +92,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles `step(state, batch, key, frozen) -> (state, metrics)`; `state` is consumed.
 
@@ -138,8 +138,6 @@ def make_train_step(
     def step(
         state: TrainState, batch: Any, key: Array, frozen: Any = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        if batch_sharding is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
         key = jax.random.fold_in(key, state.step)
         run = gradient if accumulate == 1 else accumulated
         grads, totals = run(state.params, batch, key, frozen)
@@ -155,5 +153,15 @@ def make_train_step(
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
+    def placed(
+        state: TrainState, batch: Any, key: Array, frozen: Any = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if batch_sharding is None:
+            return step(state, batch, key, frozen)
+        # The model pins its activations on the mesh in use.
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            return step(state, batch, key, frozen)
+
     out = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return jax.jit(placed, donate_argnums=0, out_shardings=out)
