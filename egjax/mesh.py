@@ -31,6 +31,7 @@ __all__ = [
 RULES: Mapping[str, str] = MappingProxyType(
     {
         "batch": "data",
+        "length": "model",
         "embed": "data",
         "vocab": "model",
         "heads": "model",

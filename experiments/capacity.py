@@ -98,7 +98,9 @@ def plan_of(config: Config) -> Plan:
                 where="--model-parallel",
                 remedy=f"one of {', '.join(str(m) for _, m in meshes(case, topology))}",
             )
-    data, model = next((w for w in ways if formula_plan(case, topology, *w).fits), ways[-1])
+    plans = [formula_plan(case, topology, *way) for way in ways]
+    first = next((p for p in plans if p.fits), min(plans, key=lambda p: p.total))
+    data, model = first.data, first.model
     able = topology.chip.is_tpu and has_libtpu()
     if config.compile == "always" and not able:
         raise EgjaxError(f"{topology.name} cannot be compiled for here", where="--compile")

@@ -37,7 +37,7 @@ class Compiled:
             arguments are in `aliased`.
         refused: bytes a chip that the compiler wanted where it refused; None where it did not.
         collectives: of the program.
-        seconds: to trace and compile.
+        seconds, cpu_seconds: to trace and compile; the second without waiting for a busy machine.
         host_memory: peak bytes of this process.
         message: the compiler's, where it refused.
     """
@@ -49,6 +49,7 @@ class Compiled:
     refused: float | None
     collectives: list[Collective]
     seconds: float
+    cpu_seconds: float
     host_memory: float
     message: str | None = None
 
@@ -102,7 +103,7 @@ def compile_for(case: Case, topology: Topology, data: int, model: int) -> Compil
     """
     mesh = make_mesh(data=data, model=model, devices=devices_of(topology))
     what = program(case, mesh)
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     # Training sets the mesh itself, decoding is called under it.
     with jax.set_mesh(mesh) if case.stage == "decode" else contextlib.nullcontext():
         lowered = what.function.lower(*what.arguments)
@@ -110,9 +111,9 @@ def compile_for(case: Case, topology: Topology, data: int, model: int) -> Compil
         with _silent():
             done = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(str(error), time.perf_counter() - begin)
+        return _refused(str(error), *_since(begin))
+    seconds, cpu_seconds = _since(begin)
     memory = done.memory_analysis()
-    seconds = time.perf_counter() - begin
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -121,18 +122,24 @@ def compile_for(case: Case, topology: Topology, data: int, model: int) -> Compil
         refused=None,
         collectives=collectives(done.as_text() or "", topology.chips),
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         host_memory=_host_memory(),
     )
 
 
-def _refused(message: str, seconds: float) -> Compiled:
+def _since(begin: tuple[float, float]) -> tuple[float, float]:
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+
+def _refused(message: str, seconds: float, cpu_seconds: float) -> Compiled:
     """Reads how much was wanted from a refusal, or passes another error on."""
     if "RESOURCE_EXHAUSTED" not in message:
         raise EgjaxError(f"the compiler failed: {message.splitlines()[0]}")
     units = {"G": 2**30, "M": 2**20, "K": 2**10}
     sizes = [float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([GMK])\b", message)]
     line = next((x for x in message.splitlines() if "RESOURCE" in x), message)
-    return Compiled(0, 0, 0, 0, max(sizes, default=0.0), [], seconds, _host_memory(), line.strip())
+    wanted = max(sizes, default=0.0)
+    return Compiled(0, 0, 0, 0, wanted, [], seconds, cpu_seconds, _host_memory(), line.strip())
 
 
 def _host_memory() -> float:

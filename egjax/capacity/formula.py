@@ -183,8 +183,7 @@ def _step_collectives(case: Case, data: int, model: int) -> float:
     total += sum(_ring(count(c) / model * width, data) for c in case.frozen)
     sums = [(config, 6 if layout.remat else 4), *((c, 2) for c in case.frozen)]
     total += sum(
-        2 * _ring(times * c.num_layers * tokens * c.hidden_size * width, model)
-        for c, times in sums
+        2 * _ring(times * c.num_layers * tokens * c.hidden_size * width, model) for c, times in sums
     )
     return total
 

@@ -21,6 +21,7 @@ training runs give 0.45 to 0.65 of useful FLOPs, recomputation not counted."""
 LINK_EFFICIENCY = 0.5
 """Share of a chip's links that a collective uses; an assumption: a mesh axis is seldom laid over
 all of them."""
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Plan:
         best_s: nothing waits for anything else, products at their peak.
         expected_s: nothing overlaps, products at `EFFICIENCY`, links at `LINK_EFFICIENCY`.
         bound: what takes longest: `flops`, `memory` or `links`.
-        compile_s: seconds to trace and compile, None by formula.
+        compile_s, compile_cpu_s: seconds to trace and compile, and of CPU time; None by formula.
         host_memory: peak bytes of the host to do so, None by formula.
         advice: what to change, best first; empty where nothing seems wrong.
         note: what the compiler said where it refused.
@@ -64,6 +65,7 @@ class Plan:
     expected_s: float
     bound: str
     compile_s: float | None
+    compile_cpu_s: float | None
     host_memory: float | None
     advice: tuple[str, ...]
     note: str | None
@@ -171,6 +173,7 @@ def _plan(
         expected_s=sum(expected.values()),
         bound=bound,
         compile_s=None if done is None else done.seconds,
+        compile_cpu_s=None if done is None else done.cpu_seconds,
         host_memory=None if done is None else done.host_memory,
         advice=tuple(_advice(case, topology, (data, model), kinds, bound)),
         note=None if done is None else done.message,
@@ -180,26 +183,31 @@ def _plan(
 def _changes(
     case: Case, topology: Topology, mesh: tuple[int, int]
 ) -> Iterator[tuple[str, Case, tuple[int, int]]]:
-    """Single changes that save memory, from the cheapest on."""
-    layout, (data, model) = case.layout, mesh
-
-    def other(**changes: Any) -> Case:
-        return dataclasses.replace(case, layout=dataclasses.replace(layout, **changes))
-
-    if case.stage != "decode":
-        if not layout.chunked:
-            yield "compute losses in chunks", other(chunked=True), mesh
-        if not layout.remat:
-            yield "recompute layers (remat)", other(remat=True), mesh
-        parts = layout.accumulate * 2
-        if case.batch % (parts * data) == 0:
-            yield f"accumulate over {parts} micro-batches", other(accumulate=parts), mesh
-    for way in meshes(case, topology):
-        if way[1] > model:
-            yield f"a mesh of data={way[0]}, model={way[1]}", case, way
-    rows = case.batch // 2
-    if rows >= (1 if case.stage == "decode" else data):
-        yield f"a batch of {rows}", dataclasses.replace(case, batch=rows), mesh
+    """Changes of layout, mesh and batch that may save memory, one or several at once; those that
+    cost least come first."""
+    layout, found = case.layout, meshes(case, topology)
+    parts = [n for n in (1, 2, 4, 8, 16, 32) if case.batch % (n * layout.accumulate) == 0]
+    if case.stage == "decode":
+        parts = [1]
+    lean = dataclasses.replace(layout, remat=True, chunked=True)
+    for batch in (case.batch, case.batch // 2, case.batch // 4):
+        for other in dict.fromkeys([layout, lean]):
+            for part in parts:
+                for way in found:
+                    rows = batch // (other.accumulate * part)
+                    uneven = case.stage != "decode" and rows % way[0]
+                    if not rows or uneven or (batch < case.batch and (part > 1 or other != layout)):
+                        continue
+                    new = dataclasses.replace(other, accumulate=other.accumulate * part)
+                    words = [
+                        "losses in chunks" if new.chunked > layout.chunked else "",
+                        "remat" if new.remat > layout.remat else "",
+                        f"{new.accumulate} micro-batches" if part > 1 else "",
+                        f"mesh data={way[0]}, model={way[1]}" if way != mesh else "",
+                        f"batch {batch}" if batch != case.batch else "",
+                    ]
+                    changed = dataclasses.replace(case, batch=batch, layout=new)
+                    yield " + ".join(filter(None, words)), changed, way
 
 
 def _advice(
@@ -208,23 +216,26 @@ def _advice(
     limit, total = topology.chip.memory, sum(kinds.values())
     known = sum(memory(case, *mesh).values())
     if total > limit:
-        found = False
+        found = []
         for text, changed, way in _changes(case, topology, mesh):
             # The formula says what a change saves, the plan at hand where it starts.
-            after = total + sum(memory(changed, *way).values()) - known
+            after = max(total - known, 0.0) + sum(memory(changed, *way).values())
             if after <= limit:
-                found = True
-                yield f"{text}: {after / 2**30:.1f} GiB by formula"
-        state = sum(state_bytes(case).values())
-        least = -(-int(state * 1.25) // int(limit))
+                found.append(f"{text}: {after / _GIB:.1f} GiB by formula")
+        yield from found[:3]
         if not found:
-            yield f"no single change suffices; weights and optimiser alone take {least} chips"
+            state = sum(state_bytes(case).values()) / limit
+            yield (
+                "no change of mesh, remat or batch is known to suffice: weights and optimiser "
+                f"alone fill {state:.1f} chips of {topology.chips}; take more chips"
+            )
         return
     if bound == "links" and mesh[1] > 1 and case.stage != "decode":
-        yield "links are the bound: a smaller model axis or more rows a chip would help"
+        yield "the links are the bound: a smaller model axis or more rows a chip would help"
     elif bound == "links":
-        yield "links are the bound: more rows a chip would help"
+        yield "the links are the bound: more rows a chip would help"
     if total < limit / 2 and case.stage != "decode":
-        yield f"{(limit - total) / 2**30:.0f} GiB a chip are free: a larger batch, or fewer chips"
+        free = (limit - total) / _GIB
+        yield f"{free:.0f} GiB a chip are free: take a larger batch, or fewer chips"
     if bound == "memory" and case.stage == "decode":
         yield "memory bandwidth is the bound: more rows cost little time"

@@ -29,11 +29,14 @@ from egjax.train.objectives import (
 from egjax.train.optim import OptimConfig, make_optimizer
 from egjax.train.step import LossFn
 
-__all__ = ["STAGES", "Case", "Program", "program", "training_step"]
+__all__ = ["LEAN", "STAGES", "Case", "Program", "program", "training_step"]
 
 Stage = Literal["sft", "dpo", "distill", "decode"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo", "distill", "decode")
 _ANY_STEPS = 1000  # of the schedule; it changes a constant of the program
+
+LEAN = Layout(remat=True, chunked=True, master="float32")
+"""What large models need on any machine."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Case:
     batch: int
     length: int
     new_tokens: int = 128
-    layout: Layout = Layout(remat=True, chunked=True, master="float32")
+    layout: Layout = LEAN
 
     def __post_init__(self):
         longest = self.model.max_seq_len
@@ -167,11 +170,11 @@ def _weights(config: LlamaConfig, mesh: Mesh) -> Params:
 
 
 def _prompts(case: Case, place: NamedSharding) -> Prompts:
-    shape = (case.batch, case.length - case.new_tokens)
-    return Prompts(
-        tokens=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
-        mask=jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=place),
-    )
+    def array(dtype: Any) -> Any:
+        shape = (case.batch, case.length - case.new_tokens)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return Prompts(tokens=array(jnp.int32), mask=array(jnp.bool_))
 
 
 def _batch(case: Case, place: NamedSharding) -> TokenBatch | PairBatch:

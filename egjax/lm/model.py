@@ -232,9 +232,12 @@ def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
 
     Weights are split over `data` along D. With more tokens than D it moves less to gather them,
     and rows are split; with fewer (decoding) the weights stay where they are and the stream is
-    split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102).
+    split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102). Between matrices
+    that are split over `model` the stream is split along T, so that what is kept for the backward
+    pass is not kept on each of its devices (Korthikanti et al. 2022, arXiv 2205.05198).
     """
-    return ("batch", None, None) if tokens.size >= config.hidden_size else (None, None, "embed")
+    few = tokens.size < config.hidden_size
+    return (None, None, "embed") if few else ("batch", "length", None)
 
 
 def _visible(segment_ids: Array, key_segments: Array, before: Array | int) -> Array:

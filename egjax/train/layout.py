@@ -20,7 +20,7 @@ from egjax.lm.model import forward, head, trunk
 from egjax.lm.params import Params, abstract, shardings
 from egjax.mesh import batch_sharding
 from egjax.train.objectives import Apply
-from egjax.train.step import LossFn, TrainState, make_train_step, state_shardings
+from egjax.train.step import LossFn, TrainState, init_state, make_train_step, state_shardings
 
 __all__ = ["Layout", "PlacedStep", "applied", "masters", "placed_step"]
 
@@ -65,7 +65,7 @@ class PlacedStep(NamedTuple):
 
 
 @cache
-def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:  # noqa: B008 (frozen)
+def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
     """The model as objectives take it; the same function for the same arguments.
 
     Weights of another float type are rounded to the model's, gradients come back in their own.
@@ -105,11 +105,7 @@ def placed_step(
     """
     params = jax.eval_shape(lambda p: masters(p, layout), abstract(config))
     places = state_shardings(tx, params, shardings(config, mesh), mesh)
-    shapes = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-        params=params,
-        opt_state=jax.eval_shape(tx.init, params),
-    )
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), params)
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
