@@ -18,9 +18,10 @@ import tyro
 from egjax.lm.config import LlamaConfig
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import TokenBatch, pack
+from egjax.train.layout import applied
 from egjax.train.objectives import next_token
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import apply_of, as_sample, load
+from experiments.models import as_sample, load
 from experiments.text import load_samples
 from experiments.training import MODEL, Training, figures, train
 
@@ -74,7 +75,7 @@ def stage(config: Config, text: Done, small: Done) -> Done:
     def work(out: Path) -> None:
         model = load(small.path / MODEL)
         table = sample_table(text, model.config, config.training.length, config.weights)
-        loss = next_token(apply_of(model.config))
+        loss = next_token(applied(model.config, config.training.layout))
         train(model, loss, table, config.training, seed=config.seed, out=out, title="sft")
 
     return Stage(config.run, f"seed{config.seed}/sft", inputs).run(work)

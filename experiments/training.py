@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from egjax.evals.intervals import Figure
 from egjax.lm.params import shardings
-from egjax.mesh import batch_sharding, make_mesh
+from egjax.mesh import make_mesh
 from egjax.train.data import Shuffled
+from egjax.train.layout import Layout, cast, masters, placed_step
 from egjax.train.loop import fit
 from egjax.train.optim import OptimConfig, make_optimizer
-from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
+from egjax.train.step import LossFn, init_state
 from experiments.common import Done, save_then_stop
 from experiments.models import Model, save
 
@@ -43,6 +44,8 @@ class Training:
     """Peak of the learning rate."""
     save_every: int = 100
     """Steps between checkpoints."""
+    layout: Layout = field(default_factory=Layout)
+    """What a step trades between memory, arithmetic and communication."""
 
 
 def train(
@@ -72,12 +75,13 @@ def train(
         KeyboardInterrupt: asked to stop; the state was saved first, and the same command goes on.
     """
     tx = make_optimizer(OptimConfig(learning_rate=config.learning_rate), config.steps)
-    mesh = mesh_for(config.batch)
-    state = state_shardings(tx, model.params, shardings(model.config, mesh), mesh)
+    mesh = mesh_for(config)
+    step = placed_step(loss, model.config, tx, mesh, config.layout)
+    state = init_state(masters(placed(model, mesh), config.layout), tx, step.shardings)
     with save_then_stop() as stop:
         result = fit(
-            init_state(placed(model, mesh), tx, state),
-            make_train_step(loss, tx, shardings=state, batch_sharding=batch_sharding(mesh)),
+            state,
+            step.step,
             Shuffled(table, config.batch, seed),
             num_steps=config.steps,
             key=jax.random.key(seed),
@@ -88,12 +92,16 @@ def train(
             stop=stop,
             title=title,
         )
-    save(out / MODEL, model._replace(params=result.state.params))
+    trained = cast(result.state.params, model.config.dtype)
+    save(out / MODEL, model._replace(params=trained))
 
 
-def mesh_for(batch: int) -> Mesh:
-    """All devices along `data`, as far as they divide a batch."""
-    return make_mesh(data=math.gcd(batch, jax.device_count()))
+def mesh_for(config: Training) -> Mesh:
+    """All devices along `data`, as far as they divide a batch, and what `layout` wants along
+    `model`."""
+    layout = config.layout
+    rows = jax.device_count() // layout.model
+    return make_mesh(data=math.gcd(config.batch // layout.accumulate, rows), model=layout.model)
 
 
 def placed(model: Model, mesh: Mesh) -> Any:

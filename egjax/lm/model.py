@@ -123,8 +123,16 @@ def trunk(
     cache: Cache | None = None,
     return_hidden: bool = False,
     remat: Callable | None = None,
+    *,
+    prefix_ids: Array | None = None,
 ) -> Trunk:
-    """Everything of `forward` (same arguments) but the logits, which are its largest array."""
+    """Everything of `forward` (same arguments) but the logits, which are its largest array.
+
+    Args:
+        params, config, tokens, positions, segment_ids, cache, return_hidden, remat: see there.
+        prefix_ids: int32[B, T]. A segment that each token sees beside its own, 0 for none: what
+            several continuations of one prompt in a row share. Positions must be given then.
+    """
     length = tokens.shape[1]
     if segment_ids is None:
         segment_ids = jnp.ones((1 if cache is None else tokens.shape[0], length), jnp.int32)
@@ -133,7 +141,7 @@ def trunk(
     if cache is not None:
         before = cache.used
         key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, before))
-    allowed = _visible(segment_ids, key_segments, before)
+    allowed = _visible(segment_ids, key_segments, before, prefix_ids)
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
@@ -240,11 +248,16 @@ def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
     return (None, None, "embed") if few else ("batch", "length", None)
 
 
-def _visible(segment_ids: Array, key_segments: Array, before: Array | int) -> Array:
-    """bool[B, T, S]: which keys a token sees: earlier ones of its segment, and itself."""
+def _visible(
+    segment_ids: Array, key_segments: Array, before: Array | int, prefix_ids: Array | None
+) -> Array:
+    """bool[B, T, S]: which keys a token sees: earlier ones of its segment and prefix, and itself."""
     queries, keys = segment_ids.shape[1], key_segments.shape[1]
     causal = jnp.arange(keys)[None] <= before + jnp.arange(queries)[:, None]
     same = segment_ids[:, :, None] == key_segments[:, None, :]
+    if prefix_ids is not None:
+        prefix = prefix_ids[:, :, None]
+        same = same | ((prefix == key_segments[:, None, :]) & (prefix != 0))
     return causal & same & (segment_ids != 0)[:, :, None]
 
 

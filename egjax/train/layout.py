@@ -16,13 +16,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from egjax.lm.config import LlamaConfig
-from egjax.lm.model import forward, head, trunk
+from egjax.lm.model import head, trunk, unembed
 from egjax.lm.params import Params, abstract, shardings
 from egjax.mesh import batch_sharding
 from egjax.train.objectives import Apply
 from egjax.train.step import LossFn, TrainState, init_state, make_train_step, state_shardings
 
-__all__ = ["Layout", "PlacedStep", "applied", "masters", "placed_step"]
+__all__ = ["Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,25 @@ def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
     """
     remat = jax.checkpoint if layout.remat else None
 
-    def apply(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array):
-        params = _cast(params, config.dtype)
-        if not layout.chunked:
-            return forward(params, config, tokens, positions, segment_ids, remat=remat)
-        final = trunk(params, config, tokens, positions, segment_ids, remat=remat).final
-        return head(params, config, final)
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        prefix_ids: jax.Array | None = None,
+    ):
+        params = cast(params, config.dtype)
+        final = trunk(
+            params, config, tokens, positions, segment_ids, remat=remat, prefix_ids=prefix_ids
+        ).final
+        return (head if layout.chunked else unembed)(params, config, final)
 
     return apply
 
 
 def masters(params: Params, layout: Layout) -> Params:
     """The weights as they are trained: in the type of `layout.master`."""
-    return params if layout.master is None else _cast(params, layout.master)
+    return params if layout.master is None else cast(params, layout.master)
 
 
 def placed_step(
@@ -116,7 +122,9 @@ def placed_step(
     return PlacedStep(step, state, places, rows)
 
 
-def _cast(params: Params, dtype: str) -> Params:
+def cast(params: Params, dtype: str) -> Params:
+    """Rounds floating-point weights to a type."""
+
     def one(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 

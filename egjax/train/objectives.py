@@ -36,7 +36,7 @@ from egjax.losses import (
     token_logps,
 )
 from egjax.mesh import mesh_in_use
-from egjax.train.data import PairBatch, TokenBatch
+from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn
 
 __all__ = [
@@ -58,8 +58,9 @@ TOKENS_A_DEVICE = 512
 unembedding from memory takes less time than multiplying with it."""
 
 # (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V] or a
-# head with hidden states [B, T, D].
-Apply = Callable[[Params, Array, Array, Array], Any]
+# head with hidden states [B, T, D]. For `SharedPairBatch` it is given prefix_ids as well.
+Apply = Callable[..., Any]
+Pairs = PairBatch | SharedPairBatch
 
 
 class Frozen(NamedTuple):
@@ -68,6 +69,13 @@ class Frozen(NamedTuple):
     large: Params
     expert: Params
     anti_expert: Params
+
+
+class _Completions(NamedTuple):
+    """Targets and mask [2B, C] of chosen completions, then of rejected ones."""
+
+    targets: Array
+    mask: Array
 
 
 class PairLogps(NamedTuple):
@@ -84,7 +92,7 @@ class PairLogps(NamedTuple):
 PreferenceLoss = Callable[[PairLogps], tuple[Array, Metrics]]
 
 
-def _outputs(apply: Apply, params: Params, batch: TokenBatch) -> Any:
+def _outputs(apply: Apply, params: Params, batch: TokenBatch | SharedPairBatch) -> Any:
     """Logits or a head, whichever the model gives."""
     return apply(params, batch.tokens, batch.positions, batch.segment_ids)
 
@@ -145,7 +153,7 @@ def _weighted_sum(
 
 
 def _sequence_logps(
-    outputs: Any, rows: TokenBatch, vocab_mask: Array | None
+    outputs: Any, rows: TokenBatch | _Completions, vocab_mask: Array | None
 ) -> tuple[Array, Array]:
     if isinstance(outputs, Head):
 
@@ -254,9 +262,34 @@ def distill_to_ratio(
     return loss_fn
 
 
-def _both(batch: PairBatch) -> TokenBatch:
-    """Chosen and rejected rows as one batch, for one pass of the model."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+def _both(batch: Pairs) -> TokenBatch | _Completions:
+    """Chosen and rejected rows as one batch."""
+    if isinstance(batch, PairBatch):
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    return _Completions(_sides_first(batch.targets), _sides_first(batch.target_mask))
+
+
+def _sides_first(x: Array) -> Array:
+    """[B, 2, C, ...] -> [2B, C, ...]."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _pair_outputs(apply: Apply, params: Params, batch: Pairs) -> Any:
+    """Logits or head of the rows of `_both`, from one pass of the model.
+
+    Of a shared prompt only the position before the completions gets logits.
+    """
+    if isinstance(batch, PairBatch):
+        rows: Any = _both(batch)
+        return _outputs(apply, params, rows)
+    outputs = _outputs(partial(apply, prefix_ids=batch.prefix_ids), params, batch)
+
+    def predicting(x: Array) -> Array:
+        index = batch.sources.reshape(batch.sources.shape[0], -1, 1)
+        taken = jnp.take_along_axis(x, index, axis=1)
+        return _sides_first(taken.reshape(*batch.sources.shape, -1))
+
+    return outputs.pick(predicting) if isinstance(outputs, Head) else predicting(outputs)
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -276,12 +309,13 @@ def preference(apply: Apply, loss: PreferenceLoss, *, vocab_mask: Array | None =
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        Loss over `PairBatch`, per pair; metrics as in `egjax.losses.Metrics`.
+        Loss over `PairBatch` or `SharedPairBatch`, per pair; metrics as in
+        `egjax.losses.Metrics`.
     """
 
-    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Any):
+    def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Any):
         rows = _both(batch)
-        logps, lengths = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
+        logps, lengths = _sequence_logps(_pair_outputs(apply, params, batch), rows, vocab_mask)
         losses, metrics = loss(
             PairLogps(*_halves(logps), *_halves(lengths), batch.ref_chosen, batch.ref_rejected)
         )
@@ -311,14 +345,14 @@ def preference_with_initial(
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        Loss over `PairBatch`, per pair, whose step takes the parameters of π₀ as `frozen`;
-        metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
+        Loss over `PairBatch` or `SharedPairBatch`, per pair, whose step takes the parameters of π₀
+        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
     """
 
-    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Params):
+    def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Params):
         rows = _both(batch)
-        initial = _outputs(apply, frozen, rows)
-        logits = _outputs(apply, params, rows)
+        initial = _pair_outputs(apply, frozen, batch)
+        logits = _pair_outputs(apply, params, batch)
         ref_logps, _ = _sequence_logps(initial, rows, vocab_mask)
         logps, lengths = _sequence_logps(logits, rows, vocab_mask)
         losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
@@ -349,7 +383,7 @@ def preference_with_initial(
 
 def reference_logps(
     apply: Apply, *, vocab_mask: Array | None = None
-) -> Callable[[Params, PairBatch], PairBatch]:
+) -> Callable[[Params, Pairs], Pairs]:
     """Builds a jitted function that fills in a batch's reference log-probabilities.
 
     Args:
@@ -361,9 +395,9 @@ def reference_logps(
     """
 
     @jax.jit
-    def fill(params: Params, batch: PairBatch) -> PairBatch:
+    def fill(params: Params, batch: Pairs) -> Pairs:
         rows = _both(batch)
-        logps, _ = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
+        logps, _ = _sequence_logps(_pair_outputs(apply, params, batch), rows, vocab_mask)
         chosen, rejected = _halves(logps)
         return dataclasses.replace(batch, ref_chosen=chosen, ref_rejected=rejected)
 

@@ -26,7 +26,8 @@ class TrainState:
     """What a run needs to go on, beside its data and its key.
 
     Attributes:
-        step: int32[], optimiser steps done.
+        step: int32[], optimiser steps done. After a step that was not finite it is −1 − n: the
+            rest is what it was after step n, and stays so.
         params: pytree of arrays.
         opt_state: state of the optax transformation.
     """
@@ -100,6 +101,9 @@ def make_train_step(
     however many micro-batches it is computed in. Step n of a run uses `fold_in(key, n)`, so that
     a run needs one key and resumes with it.
 
+    A step whose loss or gradient is NaN or Inf changes nothing but the sign of `state.step` (see
+    `TrainState`), nor do those after it: the last good state is not lost before the host looks.
+
     Args:
         loss_fn: see `LossFn`. What it needs beside `params` comes in `frozen`: arrays in a closure
             would be compiled in as constants.
@@ -151,7 +155,11 @@ def make_train_step(
             "param_norm": optax.global_norm(params),
             "update_norm": optax.global_norm(updates),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & (state.step >= 0)
+        done = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        kept = state.replace(step=jnp.where(state.step < 0, state.step, -1 - state.step))
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), done, kept), metrics
 
     def placed(
         state: TrainState, batch: Any, key: Array, frozen: Any = None
