@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
+from egjax.mesh import mesh_in_use
 
 __all__ = [
     "FORMS",
@@ -59,6 +60,7 @@ class Sight(NamedTuple):
         before: keys before the first query: 0, int32[], or int32[B, 1] where rows differ.
         cached: the keys come from a cache.
         whole: one segment a row and no padding.
+        prefixes: int32[B, T] or None. A segment that each query sees beside its own; 0 for none.
     """
 
     segments: Array
@@ -66,6 +68,7 @@ class Sight(NamedTuple):
     before: Array | int
     cached: bool
     whole: bool
+    prefixes: Array | None = None
 
 
 def choose(config: LlamaConfig, sight: Sight) -> str:
@@ -77,7 +80,8 @@ def choose(config: LlamaConfig, sight: Sight) -> str:
     queries, keys = sight.segments.shape[1], sight.keys.shape[1]
     platform = jax.default_backend()
     if not sight.cached and queries >= BLOCK:
-        if platform == "tpu" and (jax.device_count() == 1 or _mesh() is not None):
+        one = sight.prefixes is None and (jax.device_count() == 1 or mesh_in_use() is not None)
+        if platform == "tpu" and one:
             return "splash"
         wide = config.head_dim % 8 == 0 and config.head_dim <= 128
         if platform == "gpu" and config.dtype != "float32" and wide:
@@ -85,17 +89,25 @@ def choose(config: LlamaConfig, sight: Sight) -> str:
     return "dense" if queries * keys <= DENSE_SCORES else "chunked"
 
 
-def visible(segments: Array, keys: Array, before: Array | int) -> Array:
-    """bool[B, T, S]: which keys a query sees; see `Sight`."""
-    last = before + jnp.arange(segments.shape[1])[None]  # [1 or B, T]
-    causal = jnp.arange(keys.shape[1])[None, None] <= last[:, :, None]
-    same = segments[:, :, None] == keys[:, None, :]
-    return causal & same & (segments != 0)[:, :, None]
+def visible(sight: Sight) -> Array:
+    """bool[B, T, S]: which keys a query sees."""
+    last = sight.before + jnp.arange(sight.segments.shape[1])[None]  # [1 or B, T]
+    causal = jnp.arange(sight.keys.shape[1])[None, None] <= last[:, :, None]
+    return causal & _same(sight) & (sight.segments != 0)[:, :, None]
+
+
+def _same(sight: Sight) -> Array:
+    """bool[B, T, S]: which keys are of a query's segment or prefix, before or behind it."""
+    same = sight.segments[:, :, None] == sight.keys[:, None, :]
+    if sight.prefixes is not None:
+        prefix = sight.prefixes[:, :, None]
+        same = same | ((prefix == sight.keys[:, None, :]) & (prefix != 0))
+    return same
 
 
 def dense(sight: Sight) -> Attend:
     """All scores [B, H, T, S] at once."""
-    allowed = visible(sight.segments, sight.keys, sight.before)
+    allowed = visible(sight)
     return lambda query, key, value: _softmax(query, key, value, allowed)
 
 
@@ -118,13 +130,14 @@ def chunked(sight: Sight, chunk: int = CHUNK) -> Attend:
 
         # Not to be merged with the forward pass's: a scan keeps them apart anyway.
         @partial(jax.checkpoint, prevent_cse=False)
-        def part(item: tuple[Array, Array, Array]) -> Array:
-            query, segments, start = item
-            allowed = visible(segments, sight.keys, sight.before + start)
-            return _softmax(query, key, value, allowed)
+        def part(item: tuple[Array, Array, Array, Array | None]) -> Array:
+            query, start, segments, prefixes = item
+            seen = sight._replace(segments=segments, before=sight.before + start, prefixes=prefixes)
+            return _softmax(query, key, value, visible(seen))
 
         starts = size * jnp.arange(parts)
-        mixed = jax.lax.map(part, (split(query, 2), split(sight.segments, 1), starts))
+        sights = jax.tree.map(partial(split, axis=1), (sight.segments, sight.prefixes))
+        mixed = jax.lax.map(part, (split(query, 2), starts, *sights))
         mixed = jnp.moveaxis(mixed, 0, 2)
         return mixed.reshape(*query.shape[:2], parts * size, -1)[:, :, :length]
 
@@ -137,9 +150,7 @@ def cudnn(sight: Sight) -> Attend:
     Segments go in as a mask [B, 1, T, S], made once for all layers and heads.
     """
     _refuse_cache(sight, "cudnn")
-    same = None
-    if not sight.whole:
-        same = (sight.segments[:, :, None] == sight.keys[:, None, :])[:, None]
+    same = None if sight.whole else _same(sight)[:, None]
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         mixed = jax.nn.dot_product_attention(
@@ -166,6 +177,10 @@ def splash(sight: Sight, *, interpret: bool = False) -> Attend:
         interpret: run the kernel step by step on any platform, for tests.
     """
     _refuse_cache(sight, "splash")
+    if sight.prefixes is not None:
+        raise EgjaxError(
+            "attention 'splash' knows no shared prefixes", remedy="use 'auto', 'dense' or 'chunked'"
+        )
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         batch, length = query.shape[0], query.shape[2]
@@ -210,7 +225,7 @@ def _splash_rows(query: Array, key: Array, value: Array, segments: Array, interp
 
 def _by_device(run: Callable[..., Array], *arrays: Array) -> Array:
     """Runs a kernel on each device's rows and heads, if there is a mesh."""
-    mesh = _mesh()
+    mesh = mesh_in_use()
     if mesh is None:
         return run(*arrays)
     query, key, value, segments = arrays
@@ -228,13 +243,6 @@ def _by_device(run: Callable[..., Array], *arrays: Array) -> Array:
         out_specs=split,
         check_vma=False,
     )(query, key, value, segments)
-
-
-def _mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh that code is being traced for (`jax.set_mesh`), if it has our axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = mesh.axis_names == ("data", "model") and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if ours else None
 
 
 def _refuse_cache(sight: Sight, name: str) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from egjax.lm.config import LlamaConfig
+from egjax.mesh import constrain
 
 __all__ = ["Cache", "empty", "write"]
 
@@ -43,9 +44,10 @@ def empty(config: LlamaConfig, batch: int, slots: int) -> Cache:
         slots: tokens S that it can hold.
     """
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    store = constrain(jnp.zeros(shape, config.dtype), None, "batch", "kv_heads", None, None)
     return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=store,
+        values=store,
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         used=jnp.int32(0),
     )

@@ -19,6 +19,7 @@ from flax import struct
 from egjax.errors import EgjaxError
 from egjax.lm.cache import Cache, empty
 from egjax.lm.config import LlamaConfig
+from egjax.lm.lora import Pair
 from egjax.lm.model import trunk, unembed
 from egjax.lm.params import Params
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 Array = jax.Array
-Models = Sequence[tuple[Params, LlamaConfig]]
+Models = Sequence[tuple[Params | Pair, LlamaConfig]]
 Combine = Callable[[tuple[Array, ...]], Array]
 """From one array of logits [..., V] per model to logits [..., V] of what is decoded."""
 
@@ -142,7 +143,8 @@ def generate(
 
     Args:
         models: (parameters, config) of each model; all read the same tokens, each with a cache of
-            its own. The ids of padding and of the end are those of the first.
+            its own. The ids of padding and of the end are those of the first. An
+            `egjax.lm.lora.Pair` counts as two, πᴱ and πᴺ.
         prompts: see `pad_prompts`.
         key: random key, consumed. Each row has a stream of its own, so that what is drawn for it
             does not depend on how many rows there are.
@@ -209,12 +211,12 @@ def _generate(
 
     def read(caches, tokens, mask):
         """Combined logits [B, V] after the last of these tokens, and the caches with them."""
-        outs = [
-            trunk(p, c, tokens, segment_ids=mask.astype(jnp.int32), cache=cache)
-            for p, c, cache in zip(params, configs, caches)
-        ]
-        logits = [unembed(p, c, o.final[:, -1]) for p, c, o in zip(params, configs, outs)]
-        return combine(tuple(logits)), tuple(out.cache for out in outs if out.cache is not None)
+        logits, filled = [], []
+        for p, c, cache in zip(params, configs, caches):
+            more, cache = _next_logits(p, c, tokens, mask.astype(jnp.int32), cache)
+            logits += more
+            filled.append(cache)
+        return combine(tuple(logits)), tuple(filled)
 
     def choose(logits, step, result):
         """Draws token `step` of the rows that go on."""
@@ -247,10 +249,26 @@ def _generate(
         mask=jnp.zeros(shape, bool),
         ended=jnp.zeros(rows, bool),
     )
-    caches = tuple(empty(config, rows, length + max_new_tokens) for config in configs)
+    caches = tuple(
+        empty(config, 2 * rows if isinstance(p, Pair) else rows, length + max_new_tokens)
+        for p, config in zip(params, configs)
+    )
     logits, caches = read(caches, prompts.tokens, prompts.mask)
     start = _Loop(caches, jnp.int32(1), choose(logits, 0, blank))
     return jax.lax.while_loop(unfinished, advance, start).result
+
+
+def _next_logits(
+    params: Params | Pair, config: LlamaConfig, tokens: Array, segment_ids: Array, cache: Cache
+) -> tuple[list[Array], Any]:
+    """Logits [B, V] after the last token, and the cache with these; two of a `Pair`, in one pass."""
+    pair = isinstance(params, Pair)
+    if pair:
+        params = params.doubled(tokens.shape[0])
+        tokens, segment_ids = (jnp.concatenate([x, x]) for x in (tokens, segment_ids))
+    out = trunk(params, config, tokens, segment_ids=segment_ids, cache=cache)
+    logits = unembed(params, config, out.final[:, -1])
+    return (jnp.split(logits, 2) if pair else [logits]), out.cache
 
 
 def _draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from egjax.errors import EgjaxError
@@ -29,6 +30,7 @@ from egjax.lm.params import Params, Spec
 __all__ = [
     "TARGETS",
     "LoraConfig",
+    "Pair",
     "attach",
     "count",
     "expert_and_anti_expert",
@@ -149,10 +151,33 @@ def attach(
         layers[f"{name}_lora_a"] = pair["a"].astype(dtype)
         # The scale goes into B before it is rounded: one rounding, not two.
         layers[f"{name}_lora_b"] = (lora.scale * pair["b"]).astype(dtype)
-    if rows is not None:
-        depth = layers["attention_norm"].shape[0]
-        layers["lora_rows"] = jnp.broadcast_to(rows, (depth, *rows.shape))
-    return {**params, "layers": layers}
+    attached = {**params, "layers": layers}
+    return attached if rows is None else _by_row(attached, rows)
+
+
+def _by_row(attached: Params, rows: jax.Array) -> Params:
+    """Attached parameters whose adapter counts in each row as `rows` says."""
+    layers = attached["layers"]
+    depth = layers["attention_norm"].shape[0]
+    rows = jnp.broadcast_to(rows, (depth, *rows.shape))
+    return {**attached, "layers": {**layers, "lora_rows": rows}}
+
+
+@struct.dataclass
+class Pair:
+    """πᴱ and πᴺ of one set of weights, as one of the models of `egjax.lm.generate.generate`.
+
+    A token costs one pass over the doubled rows, with one cache for both.
+
+    Attributes:
+        attached: parameters of πᴺ with the adapter, see `attach`.
+    """
+
+    attached: Params
+
+    def doubled(self, batch: int) -> Params:
+        """Parameters for rows of which the first `batch` are read by πᴱ, as many more by πᴺ."""
+        return _by_row(self.attached, jnp.repeat(jnp.array([1.0, 0.0]), batch))
 
 
 def merge(params: Params, adapter: Params, lora: LoraConfig) -> Params:
@@ -202,9 +227,9 @@ def expert_and_anti_expert(
         The two halves of what `apply` gives: by default logits float32[B, T, V] of πᴱ and of πᴺ.
     """
     batch = tokens.shape[0]
-    rows = jnp.repeat(jnp.array([1.0, 0.0]), batch)
     if positions is not None:
         positions = jnp.broadcast_to(positions, tokens.shape)
     doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), (tokens, positions, segment_ids))
-    out = apply(attach(params, adapter, lora, rows), config, *doubled)
+    pair = Pair(attach(params, adapter, lora))
+    out = apply(pair.doubled(batch), config, *doubled)
     return jax.tree.map(lambda x: x[:batch], out), jax.tree.map(lambda x: x[batch:], out)

@@ -27,6 +27,7 @@ from egjax.lm.cache import Cache, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
+from egjax.mesh import constrain
 
 __all__ = [
     "REMAT",
@@ -163,8 +164,17 @@ def trunk(
     return_hidden: bool = False,
     remat: str | Callable | None = None,
     attention: str | Form = "auto",
+    *,
+    prefix_ids: Array | None = None,
 ) -> Trunk:
-    """Everything of `forward` (same arguments) but the logits, which are its largest array."""
+    """Everything of `forward` (same arguments) but the logits, which are its largest array.
+
+    Args:
+        params, config, tokens, positions, segment_ids, cache, return_hidden, remat, attention: see
+            there.
+        prefix_ids: int32[B, T]. A segment that each token sees beside its own, 0 for none: what
+            several continuations of one prompt in a row share. Positions must be given then.
+    """
     length = tokens.shape[1]
     whole = segment_ids is None
     if segment_ids is None:
@@ -175,14 +185,14 @@ def trunk(
     if cache is not None:
         before = cache.used
         key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, before))
-    attend = prepare(
-        attention, config, Sight(segment_ids, key_segments, before, cache is not None, whole)
-    )
+    sight = Sight(segment_ids, key_segments, before, cache is not None, whole, prefix_ids)
+    attend = prepare(attention, config, sight)
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
         positions = before + jnp.arange(length)[None]
     rope = rope_angles(config, positions)
+    stream = _stream_axes(config, tokens)
 
     def layer(carry, scanned):
         x, store = carry
@@ -193,11 +203,12 @@ def trunk(
             store, key, value = write(store, index, key, value)
         query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
         mixed = checkpoint_name(attend(query, key, value), "attention")
-        x = x + _linear(weights, "output", "bhtk,hkd->btd", mixed)
-        x = x + _mlp(weights, rms_norm(x, weights["mlp_norm"], config.rms_norm_eps))
+        x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
+        normed = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
+        x = constrain(x + _mlp(weights, normed), *stream)
         return (x, store), x if return_hidden else None
 
-    first = params["embedding"][tokens]
+    first = constrain(params["embedding"][tokens], *stream)
     indices = jnp.arange(config.num_layers)
     (last, cache), after = jax.lax.scan(
         _rematerialised(layer, remat), (first, cache), (params["layers"], indices)
@@ -280,6 +291,19 @@ def rotate(x: Array, rope: Rope) -> Array:
     return turned.astype(x.dtype)
 
 
+def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
+    """Logical axes of the residual stream [B, T, D] on a mesh.
+
+    Weights are split over `data` along D. With more tokens than D it moves less to gather them,
+    and rows are split; with fewer (decoding) the weights stay where they are and the stream is
+    split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102). Between matrices
+    that are split over `model` the stream is split along T, so that what is kept for the backward
+    pass is not kept on each of its devices (Korthikanti et al. 2022, arXiv 2205.05198).
+    """
+    few = tokens.size < config.hidden_size
+    return (None, None, "embed") if few else ("batch", "length", None)
+
+
 def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
     """A projection, with its bias and its low-rank adapter (`egjax.lm.lora`) where there is one."""
     y = einsum(formula, x, weights[name])
@@ -303,7 +327,11 @@ def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array
     query = rotate(_linear(weights, "query", "btd,dhk->bthk", x), rope)
     key = rotate(_linear(weights, "key", "btd,dnk->btnk", x), rope)
     value = _linear(weights, "value", "btd,dnk->btnk", x)
-    return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return (
+        constrain(query.swapaxes(1, 2), "batch", "heads", None, None),
+        constrain(key.swapaxes(1, 2), "batch", "kv_heads", None, None),
+        constrain(value.swapaxes(1, 2), "batch", "kv_heads", None, None),
+    )
 
 
 def _mlp(weights: Params, x: Array) -> Array:

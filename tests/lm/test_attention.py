@@ -69,6 +69,18 @@ def value_and_grads(form, segments, arrays):
     return mixed, *grads
 
 
+def test_chunks_see_shared_prefixes():
+    arrays = inputs()
+    segments = jnp.ones((2, 75), jnp.int32).at[:, 20:].set(2).at[:, 45:].set(3)
+    seen = sight(segments)._replace(prefixes=jnp.where(segments > 1, 1, 0))
+    parts = chunked(seen, 16)(*arrays)
+    close(parts, dense(seen)(*arrays))
+    # The second completion as if it came right after the prompt.
+    without = [jnp.delete(x, jnp.arange(20, 45), axis=2) for x in arrays]
+    whole = dense(sight(jnp.ones((2, 50), jnp.int32)))(*without)
+    close(parts[:, :, 45:], whole[:, :, 20:])
+
+
 @pytest.mark.parametrize("chunk", [16, 25, 500])
 def test_chunks_equal_the_dense_form_and_brute_force(chunk):
     arrays, segments = inputs(), packed()
@@ -145,6 +157,8 @@ def test_the_form_is_chosen_by_platform_and_size(monkeypatch):
     assert chosen(4096, config=wide) == "chunked"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert chosen(512) == "splash"
+    ids = jnp.ones((1, 512), jnp.int32)
+    assert choose(config, Sight(ids, ids, 0, False, False, ids)) == "dense"  # shared prefixes
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert chosen(4096) == "chunked"  # no mesh to split the kernel over
 

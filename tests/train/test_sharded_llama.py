@@ -63,8 +63,9 @@ assert split == {(2, 4, 12)}, split
 settings = lora.LoraConfig(rank=2, targets=("query", "down"))
 adapter = lora.init(jax.random.key(1), config, settings)
 base = FrozenBase(params)
-plain, _ = same(adapter, adapted(next_token(apply), settings), lora.shardings(config, settings, mesh),
-                base, FrozenBase(places))
+adapter_places = lora.shardings(config, settings, mesh)
+loss = adapted(next_token(apply), settings)
+plain, _ = same(adapter, loss, adapter_places, base, FrozenBase(places))
 size = lora.count(config, settings)
 assert sum(x.size for x in jax.tree.leaves(plain.params)) == size
 moments = [x for x in jax.tree.leaves(plain.opt_state) if x.ndim]
