@@ -261,7 +261,7 @@ def _generate(
 def _next_logits(
     params: Params | Pair, config: LlamaConfig, tokens: Array, segment_ids: Array, cache: Cache
 ) -> tuple[list[Array], Any]:
-    """Logits [B, V] after the last token, and the cache with these; two of a `Pair`, in one pass."""
+    """Logits [B, V] after the last token, two of a `Pair`; and the cache with these tokens."""
     pair = isinstance(params, Pair)
     if pair:
         params = params.doubled(tokens.shape[0])

@@ -340,8 +340,11 @@ def _put(sharding: Sharding, stacked: bool) -> Callable[..., tuple[jax.Array, ja
             return value, finite
         return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), finite
 
-    donated = 0 if stacked else 1
-    return jax.jit(put, donate_argnums=donated, out_shardings=(sharding, None))
+    everywhere = sharding
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    donated = (0,) if stacked else ()
+    return jax.jit(put, donate_argnums=donated, out_shardings=(sharding, everywhere))
 
 
 def save(
@@ -353,7 +356,7 @@ def save(
         folder: made if need be. Weights are written beside those already there, which are
             replaced once all are written, so that a full disk leaves the old ones.
         config: the model.
-        params: its parameters.
+        params: its parameters, on devices of this process.
         shard_bytes: largest file of weights; more become several files and an index.
 
     Raises:

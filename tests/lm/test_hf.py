@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import tracemalloc
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,9 @@ def test_a_padded_vocabulary_is_cut(folder, config, params, tokens):
 
 
 def test_dtype_may_be_chosen(folder):
-    config, params = hf.load(folder, dtype="bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, params = hf.load(folder, dtype="bfloat16")
     assert config.dtype == "bfloat16"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
