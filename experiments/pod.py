@@ -213,8 +213,9 @@ def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]
         price = a.prices[plan["topology"].split(":")[0]]
         cost = [h * plan["chips"] * price for h in hours]
         total = [x + y for x, y in zip(total, cost)]
+        shown = name if name in plans else f"{name}, formula"
         rows.append(
-            (stage, f"{name}{', formula' if name not in plans else ''}", f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
+            (stage, shown, f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
              f"{cost[0]:,.0f}–{cost[1]:,.0f}")
         )  # fmt: skip
     rows.append(("**all**", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))

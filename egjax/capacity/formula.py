@@ -94,7 +94,7 @@ def _queries(case: Case, length: int) -> int:
     form = case.layout.attention if case.stage != "decode" else "auto"
     if form in ("splash", "cudnn"):
         return 0
-    dense = form == "dense" or form == "auto" and length**2 <= DENSE_SCORES
+    dense = form == "dense" or (form == "auto" and length**2 <= DENSE_SCORES)
     return length if dense else min(length, CHUNK)
 
 

@@ -58,7 +58,7 @@ def test_the_page_is_made_of_the_plans(tmp_path):
         (line,) = [x for x in text.splitlines() if x.startswith(f"| {name} ")]
         assert ("**no**" in line) == (not record["plan"]["fits"])
     assert "| **all** |" in text
-    total = [x for x in text.splitlines() if x.startswith("| **all**")][0]
+    total = next(x for x in text.splitlines() if x.startswith("| **all**"))
     cheap = pod.Assumptions(prices={"v5e": 0.0, "v5p": 0.0, "v6e": 0.0}, core_dollars=0.0)
     assert "**0–0**" in pod.page(plans, cheap)
     assert "**0–0**" not in total
