@@ -113,13 +113,14 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
     """The page in Markdown.
 
     Args:
-        plans: records of `experiments.capacity`, by name.
+        plans: records of `experiments.capacity`, by name; cases without one are by formula.
         assumptions: see there.
     """
+    every = {name: plans.get(name) or _by_formula(name) for name in CASES}
     parts = [
-        _INTRODUCTION.format(count=len(plans)),
-        _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in plans.items()]),
-        _reading(plans),
+        _INTRODUCTION.format(count=len(plans), all=len(CASES)),
+        _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in every.items()]),
+        _reading(every),
         "## The paper's full setting, in hours and dollars",
         _table(_COST_HEAD, _cost_rows(plans, assumptions)),
         _assumed(plans, assumptions),
@@ -129,10 +130,10 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
 
 _INTRODUCTION = """# What a pod run would take
 
-**Nothing on this page was run on a TPU or GPU.** The {count} plans below were compiled ahead of \
-time by the real TPU compiler (`libtpu`) on a CPU: whether a step fits, its memory and what its \
-chips send each other are the compiler's; FLOPs, step times and dollars are arithmetic on top, \
-with the assumptions named. The compiled function is the one that training and decoding call \
+**Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
+ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
+what its chips send each other are the compiler's. The others are by formula, marked as such. \
+FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The compiled function is the one that training and decoding call \
 (`egjax.train.layout.placed_step`, `egjax.lm.generate.generate`), with abstract arrays.
 
 Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
