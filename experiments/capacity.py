@@ -34,6 +34,8 @@ from experiments.common import atomic_path, emit, note, run_main
 __all__ = ["Config", "plan_of", "record"]
 
 _GIB = 2**30
+_ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
+"""What `"auto"` takes there; here it would take what is best for a CPU."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Config:
     """Type of trained weights and of the optimiser's moments."""
     accumulate: int = 1
     """Micro-batches a step."""
+    int8: bool = False
+    """The matrices of frozen models in eight bits."""
     compile: Literal["auto", "always", "never"] = "auto"
     """By the TPU compiler where there is one (auto), or fail without (always)."""
     out: Path | None = None
@@ -87,7 +91,9 @@ def plan_of(config: Config) -> Plan:
             chunked=config.chunked,
             master=config.master,
             accumulate=config.accumulate,
+            attention=_ATTENTION["tpu" if topology.chip.is_tpu else "gpu"],
         ),
+        config.int8,
     )
     ways = meshes(case, topology)
     if config.model_parallel is not None:

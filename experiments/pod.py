@@ -38,12 +38,20 @@ CASES: dict[str, capacity.Config] = {
     "dpo-70b-v5p-64": _plan("dpo", "70b", "v5p:4x4x4", model_parallel=1),
     "decode-405b-v5p-64": _plan("decode", "405b", "v5p:4x4x4", model_parallel=8, **_DECODE),
     "decode-405b-v6e-64": _plan("decode", "405b", "v6e:8x8", model_parallel=8, **_DECODE),
+    "decode-405b-int8-v6e-32": _plan(
+        "decode", "405b", "v6e:4x8", model_parallel=8, int8=True, **_DECODE
+    ),
+    "decode-405b-int8-v5p-8": _plan(
+        "decode", "405b", "v5p:2x2x2", model_parallel=8, int8=True, **_DECODE
+    ),
     "sft-8b-v5e-16": _plan("sft", "8b", "v5e:4x4", batch=16, model_parallel=1),
     "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4),
     "distill-8b-v5e-16": _plan("distill", "8b", "v5e:4x4", batch=16, model_parallel=4),
     "decode-8b-v5e-16": _plan("decode", "8b", "v5e:4x4", model_parallel=8, **_DECODE),
     "distill-1b-v5e-8": _plan("distill", "1b", "v5e:2x4", expert="1b", batch=8, model_parallel=1),
-    "sft-8b-v5e-8": _plan("sft", "8b", "v5e:2x4", batch=8, model_parallel=1),
+    "sft-8b-bf16-v5e-8": _plan(
+        "sft", "8b", "v5e:2x4", batch=8, model_parallel=4, accumulate=4, master="bfloat16"
+    ),
     "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=8, **_DECODE),
 }
 """The committed plans, by name."""
@@ -105,13 +113,14 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
     """The page in Markdown.
 
     Args:
-        plans: records of `experiments.capacity`, by name.
+        plans: records of `experiments.capacity`, by name; cases without one are by formula.
         assumptions: see there.
     """
+    every = {name: plans.get(name) or _by_formula(name) for name in CASES}
     parts = [
-        _INTRODUCTION.format(count=len(plans)),
-        _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in plans.items()]),
-        _reading(plans),
+        _INTRODUCTION.format(count=len(plans), all=len(CASES)),
+        _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in every.items()]),
+        _reading(every),
         "## The paper's full setting, in hours and dollars",
         _table(_COST_HEAD, _cost_rows(plans, assumptions)),
         _assumed(plans, assumptions),
@@ -121,10 +130,10 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
 
 _INTRODUCTION = """# What a pod run would take
 
-**Nothing on this page was run on a TPU or GPU.** The {count} plans below were compiled ahead of \
-time by the real TPU compiler (`libtpu`) on a CPU: whether a step fits, its memory and what its \
-chips send each other are the compiler's; FLOPs, step times and dollars are arithmetic on top, \
-with the assumptions named. The compiled function is the one that training and decoding call \
+**Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
+ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
+what its chips send each other are the compiler's. The others are by formula, marked as such. \
+FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The compiled function is the one that training and decoding call \
 (`egjax.train.layout.placed_step`, `egjax.lm.generate.generate`), with abstract arrays.
 
 Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
@@ -198,22 +207,25 @@ def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]
         ("π̄ of 405B, questions", "decode-405b-v6e-64", a.options, "rows, read only"),
     ]
     for stage, name, amount, unit in stages:
-        if name not in plans or not plans[name]["plan"]["fits"]:
-            rows.append((stage, name, f"{amount:,} {unit}", "", "no plan", ""))
-            total = [float("nan")] * 2
-            continue
-        steps, times = _steps(plans[name], amount, unit)
-        plan = plans[name]["plan"]
+        record = plans.get(name) or _by_formula(name)
+        steps, times = _steps(record, amount, unit)
+        plan = record["plan"]
         hours = [steps * t / 3600 + a.overhead_hours for t in times]
         price = a.prices[plan["topology"].split(":")[0]]
         cost = [h * plan["chips"] * price for h in hours]
         total = [x + y for x, y in zip(total, cost)]
+        shown = name if name in plans else f"{name}, formula"
         rows.append(
-            (stage, name, f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
+            (stage, shown, f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
              f"{cost[0]:,.0f}–{cost[1]:,.0f}")
         )  # fmt: skip
     rows.append(("**all**", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))
     return rows
+
+
+def _by_formula(name: str) -> dict:
+    config = replace(CASES[name], compile="never")
+    return json.loads(json.dumps(capacity.record(config, capacity.plan_of(config))))
 
 
 def _steps(record: dict, amount: int, unit: str) -> tuple[int, list[float]]:

@@ -8,10 +8,13 @@ of width K, d and m devices along `data` and `model`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+import jax
 import jax.numpy as jnp
 
-from egjax.capacity.stages import Case
+from egjax.capacity.stages import Case, frozen_table
+from egjax.lm.attention import CHUNK, DENSE_SCORES
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count
 from egjax.train.objectives import TOKENS_A_DEVICE
@@ -55,9 +58,20 @@ def _attention(config: LlamaConfig, keys: float) -> float:
     return 4.0 * config.num_layers * config.num_heads * config.head_dim * keys
 
 
+def _frozen_bytes(config: LlamaConfig, case: Case) -> float:
+    specs = jax.tree.leaves(frozen_table(config, case))
+    return float(sum(prod(s.shape) * _size(s.dtype) for s in specs))
+
+
+def _matrix_bytes(config: LlamaConfig, case: Case) -> float:
+    """Bytes of a frozen model's layers and unembedding: what a token is multiplied with."""
+    embedding = 0 if config.tie_embeddings else _head(config) * _size(config.dtype)
+    return _frozen_bytes(config, case) - embedding
+
+
 def state_bytes(case: Case) -> dict[str, float]:
     """Bytes of all weights and of the optimiser's state, over all chips."""
-    frozen = sum(count(c) * _size(c.dtype) for c in case.frozen)
+    frozen = sum(_frozen_bytes(c, case) for c in case.frozen)
     if case.stage == "decode":
         return {"weights": frozen, "optimizer": 0.0}
     wide = _size(case.layout.master or case.model.dtype)
@@ -75,6 +89,15 @@ def cache_bytes(case: Case) -> float:
     )
 
 
+def _queries(case: Case, length: int) -> int:
+    """Queries of a head whose scores exist at once; none for kernels that keep them on the chip."""
+    form = case.layout.attention if case.stage != "decode" else "auto"
+    if form in ("splash", "cudnn"):
+        return 0
+    dense = form == "dense" or (form == "auto" and length**2 <= DENSE_SCORES)
+    return length if dense else min(length, CHUNK)
+
+
 def memory(case: Case, data: int, model: int) -> dict[str, float]:
     """Bytes a chip by kind: weights, optimizer, gradients, activations, logits, caches.
 
@@ -89,9 +112,8 @@ def memory(case: Case, data: int, model: int) -> dict[str, float]:
     length = case.length if case.stage != "decode" else case.length - case.new_tokens
     tokens = rows * length
     stream = tokens * config.hidden_size * width
-    heads = config.num_heads / model
     # Scores in float32, shares in the model's type, and one more while they are turned.
-    scores = rows * heads * length * length * (8 + width)
+    scores = rows * config.num_heads / model * _queries(case, length) * length * (8 + width)
     mlp = 3 * tokens * config.intermediate_size / model * width
     gathered = 2 * _trunk(config) / config.num_layers / model * width
     layer = max(scores, mlp) + 4 * stream + gathered
@@ -101,10 +123,13 @@ def memory(case: Case, data: int, model: int) -> dict[str, float]:
         out |= {"gradients": 0.0, "activations": layer, "logits": 0.0, "caches": caches}
         return out
     wide = _size(case.layout.master or config.dtype)
-    kept = stream if case.layout.remat else (6 * stream + 2 * scores + mlp)
+    # Between layers the stream is split along its length.
+    kept = stream / (model if length % model == 0 else 1)
+    if not case.layout.remat:
+        kept += 5 * stream + 2 * scores + mlp
     copies = count(config) / chips * (width if wide > width else 0)
     out["gradients"] = count(config) * wide / chips
-    out["activations"] = config.num_layers * kept + 2 * layer + copies
+    out["activations"] = config.num_layers * kept + layer + copies
     chunk = min(tokens, TOKENS_A_DEVICE) if case.layout.chunked else tokens
     tables = (1 + len(case.frozen)) * _head(config) * width / model
     arrays = {"sft": 1, "dpo": 2, "distill": 2}[case.stage]
@@ -161,8 +186,10 @@ def _step_traffic(case: Case, data: int, model: int) -> float:
         inner = 8 * c.num_heads * c.head_dim + 6 * c.intermediate_size
         layer = 12 * c.hidden_size + inner / model
         total += times * c.num_layers * tokens * layer * width
-        # Scores written, read for the softmax, shares written and read.
-        total += times * c.num_layers * tokens * case.length * c.num_heads / model * (8 + 2 * width)
+        if _queries(case, case.length):
+            # Scores written, read for the softmax, shares written and read.
+            scores = tokens * case.length * c.num_heads / model * (8 + 2 * width)
+            total += times * c.num_layers * scores
     chunks = tokens / TOKENS_A_DEVICE
     heads = _HEAD_PRODUCTS[case.stage] + len(case.frozen)
     total += heads * (chunks * _head(config) * width + 8 * tokens * config.vocab_size) / model
@@ -180,7 +207,7 @@ def _step_collectives(case: Case, data: int, model: int) -> float:
     width = _size(config.dtype)
     tokens = case.batch * case.length * (2 if case.stage == "dpo" else 1) / data
     total = _ring(layout.accumulate * 3 * count(config) / model * width, data)
-    total += sum(_ring(count(c) / model * width, data) for c in case.frozen)
+    total += sum(_ring(_frozen_bytes(c, case) / model, data) for c in case.frozen)
     sums = [(config, 6 if layout.remat else 4), *((c, 2) for c in case.frozen)]
     total += sum(
         2 * _ring(times * c.num_layers * tokens * c.hidden_size * width, model) for c, times in sums
@@ -196,7 +223,7 @@ def _decode_cost(case: Case, data: int, model: int) -> Cost:
         read = 2.0 * _trunk(c) + _attention(c, prompt)
         token = 2.0 * (_trunk(c) + _head(c)) + _attention(c, case.length)
         flops += case.batch * (prompt * read + case.new_tokens * token)
-        weights = (_trunk(c) + _head(c)) * width
+        weights = _matrix_bytes(c, case)
         memory += (1 + case.new_tokens) * weights / chips
         memory += case.batch * prompt / data * c.num_layers * prompt * c.num_heads / model * 12
         sent += _ring(weights / model, data)

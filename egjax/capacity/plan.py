@@ -191,8 +191,8 @@ def _changes(
         parts = [1]
     lean = dataclasses.replace(layout, remat=True, chunked=True)
     for batch in (case.batch, case.batch // 2, case.batch // 4):
-        for other in dict.fromkeys([layout, lean]):
-            for part in parts:
+        for part in parts:
+            for other in dict.fromkeys([layout, lean]):
                 for way in found:
                     rows = batch // (other.accumulate * part)
                     uneven = case.stage != "decode" and rows % way[0]

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from egjax.errors import EgjaxError
+from egjax.lm import int8, params
 from egjax.lm.config import LlamaConfig
 from egjax.lm.generate import Prompts, generate
-from egjax.lm.params import Params, abstract, shardings
+from egjax.lm.params import Params
 from egjax.lm.ratio import ratio_combine
 from egjax.losses import dpo_paper
-from egjax.mesh import check_divides
+from egjax.mesh import check_divides, sharding
 from egjax.train.data import PairBatch, TokenBatch
 from egjax.train.layout import Layout, PlacedStep, applied, placed_step
 from egjax.train.objectives import (
@@ -29,7 +30,7 @@ from egjax.train.objectives import (
 from egjax.train.optim import OptimConfig, make_optimizer
 from egjax.train.step import LossFn
 
-__all__ = ["LEAN", "STAGES", "Case", "Program", "program", "training_step"]
+__all__ = ["LEAN", "STAGES", "Case", "Program", "frozen_table", "program", "training_step"]
 
 Stage = Literal["sft", "dpo", "distill", "decode"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo", "distill", "decode")
@@ -52,6 +53,7 @@ class Case:
         length: tokens a row; prompt and completion together when decoding.
         new_tokens: of `length`, those that are decoded.
         layout: see `egjax.train.layout.Layout`.
+        int8: the matrices of frozen models in eight bits, see `egjax.lm.int8`.
     """
 
     stage: Stage
@@ -61,6 +63,7 @@ class Case:
     length: int
     new_tokens: int = 128
     layout: Layout = LEAN
+    int8: bool = False
 
     def __post_init__(self):
         longest = self.model.max_seq_len
@@ -123,7 +126,7 @@ def program(case: Case, mesh: Mesh) -> Program:
     everywhere = NamedSharding(mesh, PartitionSpec())
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    frozen = [_weights(config, mesh) for config in case.frozen]
+    frozen = [_weights(config, case, mesh) for config in case.frozen]
     if case.stage == "decode":
         prompts = _prompts(case, everywhere)
         return Program(_decoder(case), (tuple(frozen), prompts, key))
@@ -152,8 +155,8 @@ def _decoder(case: Case) -> Callable[..., Any]:
     configs = case.frozen
     combine = ratio_combine()
 
-    def decode(params: tuple[Params, ...], prompts: Prompts, key: jax.Array):
-        models = list(zip(params, configs))
+    def decode(weights: tuple[Params, ...], prompts: Prompts, key: jax.Array):
+        models = list(zip(weights, configs))
         return generate(
             models, prompts, key, max_new_tokens=case.new_tokens, combine=combine, temperature=0.0
         )
@@ -161,12 +164,17 @@ def _decoder(case: Case) -> Callable[..., Any]:
     return jax.jit(decode)
 
 
-def _weights(config: LlamaConfig, mesh: Mesh) -> Params:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        abstract(config),
-        shardings(config, mesh),
-    )
+def frozen_table(config: LlamaConfig, case: Case) -> dict[str, Any]:
+    """Shape, dtype and axes of every tensor of a frozen model."""
+    return int8.table(config) if case.int8 else params.table(config)
+
+
+def _weights(config: LlamaConfig, case: Case, mesh: Mesh) -> Any:
+    def one(spec: params.Spec) -> jax.ShapeDtypeStruct:
+        place = sharding(mesh, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=place)
+
+    return jax.tree.map(one, frozen_table(config, case))
 
 
 def _prompts(case: Case, place: NamedSharding) -> Prompts:

@@ -305,8 +305,13 @@ def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
 
 
 def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
-    """A projection, with its bias and its low-rank adapter (`egjax.lm.lora`) where there is one."""
-    y = einsum(formula, x, weights[name])
+    """A projection, with its bias, its low-rank adapter (`egjax.lm.lora`) and the scale of its
+    eight bits (`egjax.lm.int8`) where there is one."""
+    scale = weights.get(f"{name}_scale")
+    if scale is None:
+        y = einsum(formula, x, weights[name])
+    else:
+        y = (einsum(formula, x, weights[name], jnp.float32) * scale).astype(x.dtype)
     bias = weights.get(f"{name}_bias")
     if bias is not None:
         y = y + bias

@@ -39,6 +39,7 @@ class Layout:
         master: type of the trained weights and of the optimiser's moments, e.g. `"float32"` for a
             model that computes in bfloat16; None for the model's own.
         accumulate: micro-batches a step.
+        attention: form of attention, see `egjax.lm.attention`; `"auto"` goes by the platform.
     """
 
     model: int = 1
@@ -46,6 +47,7 @@ class Layout:
     chunked: bool = False
     master: str | None = None
     accumulate: int = 1
+    attention: str = "auto"
 
 
 class PlacedStep(NamedTuple):
@@ -81,7 +83,14 @@ def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
     ):
         params = cast(params, config.dtype)
         final = trunk(
-            params, config, tokens, positions, segment_ids, remat=remat, prefix_ids=prefix_ids
+            params,
+            config,
+            tokens,
+            positions,
+            segment_ids,
+            remat=remat,
+            prefix_ids=prefix_ids,
+            attention=layout.attention,
         ).final
         return (head if layout.chunked else unembed)(params, config, final)
 
