@@ -146,8 +146,8 @@ def attach(
             for all of it everywhere.
     """
     layers = dict(params["layers"])
+    dtype = params["final_norm"].dtype  # that of the matrices, but for those in eight bits
     for name, pair in adapter["layers"].items():
-        dtype = layers[name].dtype
         layers[f"{name}_lora_a"] = pair["a"].astype(dtype)
         # The scale goes into B before it is rounded: one rounding, not two.
         layers[f"{name}_lora_b"] = (lora.scale * pair["b"]).astype(dtype)
