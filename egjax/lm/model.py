@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from egjax.lm.cache import Cache, write
+from egjax.lm.cache import Cache, put_segments, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
@@ -131,12 +131,14 @@ def trunk(
     key_segments = segment_ids
     if cache is not None:
         before = cache.used
-        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, before))
+        key_segments = put_segments(cache, segment_ids)
+        if before.ndim:
+            before = before[:, None]
     allowed = _visible(segment_ids, key_segments, before)
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
-        positions = before + jnp.arange(length)[None]
+        positions = before + jnp.arange(length)[None]  # [1, T], or [B, T] where rows count
     rope = rope_angles(config, positions)
 
     def layer(carry, scanned):
@@ -227,7 +229,8 @@ def rotate(x: Array, rope: Rope) -> Array:
 def _visible(segment_ids: Array, key_segments: Array, before: Array | int) -> Array:
     """bool[B, T, S]: which keys a token sees: earlier ones of its segment, and itself."""
     queries, keys = segment_ids.shape[1], key_segments.shape[1]
-    causal = jnp.arange(keys)[None] <= before + jnp.arange(queries)[:, None]
+    last = before + jnp.arange(queries)[None]  # [1 or B, T]
+    causal = jnp.arange(keys)[None, None] <= last[:, :, None]
     same = segment_ids[:, :, None] == key_segments[:, None, :]
     return causal & same & (segment_ids != 0)[:, :, None]
 
