@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from egjax.errors import EgjaxError
 from egjax.lm.attention import Form, Sight, einsum, prepare
-from egjax.lm.cache import Cache, write
+from egjax.lm.cache import Cache, put_segments, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
@@ -184,13 +184,15 @@ def trunk(
     key_segments = segment_ids
     if cache is not None:
         before = cache.used
-        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, before))
+        key_segments = put_segments(cache, segment_ids)
+        if before.ndim:
+            before = before[:, None]
     sight = Sight(segment_ids, key_segments, before, cache is not None, whole, prefix_ids)
     attend = prepare(attention, config, sight)
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
-        positions = before + jnp.arange(length)[None]
+        positions = before + jnp.arange(length)[None]  # [1, T], or [B, T] where rows count
     rope = rope_angles(config, positions)
     stream = _stream_axes(config, tokens)
 
