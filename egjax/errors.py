@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import ClassVar
 
-__all__ = ["EgjaxError", "require"]
+__all__ = ["EgjaxError", "NotFiniteError", "require"]
 
 
 class EgjaxError(Exception):
     """Bad input, told in one line: what is wrong, where, and what mends it.
 
-    Experiment scripts print the message and leave with exit code 2; nothing that was
-    already written is touched.
+    Experiment scripts print the message and leave with `exit_code`; nothing that was already
+    written is touched.
 
     Args:
         what: what is wrong.
@@ -20,11 +21,19 @@ class EgjaxError(Exception):
         remedy: what the user can do about it.
     """
 
+    exit_code: ClassVar[int] = 2
+
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
         self.what, self.where, self.remedy = what, where, remedy
         prefix = f"{where}: " if where else ""
         suffix = f" ({remedy})" if remedy else ""
         super().__init__(" ".join(f"{prefix}{what}{suffix}".split()))
+
+
+class NotFiniteError(EgjaxError):
+    """A training step gave NaN or Inf; scripts leave with exit code 3."""
+
+    exit_code: ClassVar[int] = 3
 
 
 def require(module: str, extra: str) -> ModuleType:

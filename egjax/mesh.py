@@ -13,15 +13,25 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from egjax.errors import EgjaxError
 
-__all__ = ["RULES", "batch_sharding", "check_divides", "make_mesh", "sharding", "start_hosts"]
+__all__ = [
+    "RULES",
+    "batch_sharding",
+    "check_divides",
+    "constrain",
+    "make_mesh",
+    "mesh_in_use",
+    "sharding",
+    "start_hosts",
+]
 
 RULES: Mapping[str, str] = MappingProxyType(
     {
         "batch": "data",
+        "length": "model",
         "embed": "data",
         "vocab": "model",
         "heads": "model",
@@ -65,7 +75,7 @@ def make_mesh(*, data: int | None = None, model: int = 1, devices: Sequence[Any]
 
 
 def sharding(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes: Sequence[str | None],
     shape: Sequence[int],
     rules: Mapping[str, str] = RULES,
@@ -96,6 +106,29 @@ def sharding(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Placement of a batch: its leading axis is split over `data`, the rest is whole."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def mesh_in_use() -> AbstractMesh | None:
+    """The mesh that code is being traced for (`jax.set_mesh`), if it has our axes; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == ("data", "model") and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins where an intermediate array lies on the mesh in use; without one it does nothing.
+
+    What the compiler is left to choose it may choose badly: the rows of an embedding, say, lie
+    split along their width, and so would all that is computed from them.
+
+    Args:
+        x: an array.
+        axes: logical name of each dimension, None for one that is whole on every device.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
 
 
 def start_hosts(

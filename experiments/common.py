@@ -74,7 +74,8 @@ def run_main(
     """Runs an experiment from the command line and leaves with its exit code.
 
     Exit codes: what `main` returns (None counts as 0) · 2 for what the user can mend, told in one
-    line · 130 after Ctrl-C, 143 after SIGTERM · 141 where the reader of our output went away.
+    line · 3 for a training step that gave NaN or Inf · 130 after Ctrl-C, 143 after SIGTERM · 141
+    where the reader of our output went away.
 
     With `EGJAX_MULTI_HOST=1` the processes of a multi-host job are connected first; with
     `EGJAX_TRACEBACK=1` what the user can mend comes with its traceback, too.
@@ -109,7 +110,7 @@ def run_main(
         if line is None or os.environ.get("EGJAX_TRACEBACK"):
             raise
         note(f"error: {line}")
-        code = 2
+        code = getattr(error, "exit_code", EgjaxError.exit_code)
     sys.exit(code)
 
 

@@ -17,19 +17,28 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from egjax.losses import forward_kl, generalised_jsd, reverse_kl
+from egjax.losses import (
+    Terms,
+    forward_kl,
+    forward_kl_terms,
+    generalised_jsd,
+    generalised_jsd_terms,
+    reverse_kl,
+    reverse_kl_terms,
+)
+from egjax.train.layout import applied
 from egjax.train.objectives import Frozen, distill_to_ratio
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
-from experiments.models import apply_of, check_one_vocabulary, load
+from experiments.models import check_one_vocabulary, load
 from experiments.sft import Weights, sample_table
 from experiments.training import MODEL, Training, figures, mesh_for, placed, train
 
 __all__ = ["Config", "Ratio", "stage"]
 
-_DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
-    "reverse": reverse_kl,
-    "forward": forward_kl,
-    "jsd": generalised_jsd,
+_DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], Terms]] = {
+    "reverse": (reverse_kl, reverse_kl_terms),
+    "forward": (forward_kl, forward_kl_terms),
+    "jsd": (generalised_jsd, generalised_jsd_terms),
 }
 
 
@@ -79,14 +88,17 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
         check_one_vocabulary(models)
         student, expert_model = models["πᴸ"], models["πᴱ"]
         table = sample_table(text, student.config, config.training.length, Weights())
+        divergence, terms = _DIVERGENCES[config.divergence]
+        layout = config.training.layout
         loss = distill_to_ratio(
-            apply_of(student.config),
-            apply_of(student.config),
-            apply_of(expert_model.config),
-            divergence=_DIVERGENCES[config.divergence],
+            applied(student.config, layout),
+            applied(student.config, layout),
+            applied(expert_model.config, layout),
+            divergence=divergence,
+            terms=terms,
             **vars(config.ratio),
         )
-        mesh = mesh_for(config.training.batch)
+        mesh = mesh_for(config.training)
         frozen = Frozen(*(placed(models[name], mesh) for name in ("πᴸ", "πᴱ", "πᴺ")))
         train(
             student,

@@ -21,9 +21,10 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.tokenizer import Tokenizer
 from egjax.losses import dpo, dpo_paper
 from egjax.train.data import Pair, PairBatch, pad_pairs
+from egjax.train.layout import applied
 from egjax.train.objectives import PairLogps, preference_with_initial
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import answered, apply_of, asked, load
+from experiments.models import answered, asked, load
 from experiments.training import MODEL, Training, figures, mesh_for, placed, train
 
 __all__ = ["Config", "stage"]
@@ -70,7 +71,9 @@ def stage(config: Config, text: Done, distilled: Done) -> Done:
         rows = text.path / "pairs.jsonl"
         pairs = _pairs(rows, tokenizer, model.config, config.training.length)
         chosen = {"paper": paper, "standard": standard}[config.loss]
-        loss = preference_with_initial(apply_of(model.config), chosen, kl_weight=config.kl_weight)
+        loss = preference_with_initial(
+            applied(model.config, config.training.layout), chosen, kl_weight=config.kl_weight
+        )
         train(
             model,
             loss,
@@ -79,7 +82,7 @@ def stage(config: Config, text: Done, distilled: Done) -> Done:
             seed=config.seed,
             out=out,
             title="dpo",
-            frozen=placed(model, mesh_for(config.training.batch)),
+            frozen=placed(model, mesh_for(config.training)),
         )
 
     return Stage(config.run, f"seed{config.seed}/dpo", inputs).run(work)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from egjax.lm.generate import (
     generate,
     pad_prompts,
 )
-from egjax.lm.model import forward
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, save_params
 from egjax.train.data import Sample
@@ -30,7 +28,6 @@ from egjax.train.progress import progress
 __all__ = [
     "Model",
     "answered",
-    "apply_of",
     "as_sample",
     "asked",
     "check_one_vocabulary",
@@ -75,16 +72,6 @@ def check_one_vocabulary(models: dict[str, Model]) -> None:
         {name: model.config.vocab_size for name, model in models.items()},
         {name: model.tokenizer for name, model in models.items()},
     )
-
-
-@functools.cache
-def apply_of(config: LlamaConfig) -> Callable[..., jax.Array]:
-    """The model as the objectives take it; the same function for the same config."""
-
-    def apply(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array):
-        return forward(params, config, tokens, positions, segment_ids)
-
-    return apply
 
 
 def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:

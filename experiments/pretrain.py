@@ -26,9 +26,10 @@ from egjax.lm.config import LlamaConfig, large_config, small_config
 from egjax.lm.params import init
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
 from egjax.train.data import Sample, TokenBatch, pack, split
+from egjax.train.layout import applied
 from egjax.train.objectives import next_token
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
-from experiments.models import Model, apply_of, asked
+from experiments.models import Model, asked
 from experiments.training import Training, figures, train
 
 __all__ = ["Config", "large_stage", "small_stage"]
@@ -79,7 +80,7 @@ def _stage(
         tokenizer = Tokenizer.load(text.path / "tokenizer")
         model = _start(tokenizer, size, folder, config.seed)
         table = _rows(text.path / "general.jsonl", tokenizer, model.config, training.length)
-        loss = next_token(apply_of(model.config))
+        loss = next_token(applied(model.config, training.layout))
         train(model, loss, table, training, seed=config.seed, out=out, title=f"pretrain {name}")
 
     return stage.run(work)

@@ -16,11 +16,13 @@ from typing import Annotated
 import tyro
 
 from egjax.lm.config import LlamaConfig
+from egjax.lm.lora import LoraConfig
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import TokenBatch, pack
+from egjax.train.layout import applied
 from egjax.train.objectives import next_token
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import apply_of, as_sample, load
+from experiments.models import as_sample, load
 from experiments.text import load_samples
 from experiments.training import MODEL, Training, figures, train
 
@@ -49,6 +51,8 @@ class Config:
     """Length and rate."""
     weights: Weights = field(default_factory=Weights)
     """Task weights."""
+    lora_rank: int = 0
+    """Rank of a low-rank adapter that is trained in place of the weights; 0 trains them all."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
@@ -71,11 +75,24 @@ def stage(config: Config, text: Done, small: Done) -> Done:
     inputs = {"training": config.training, "weights": config.weights, "seed": config.seed}
     inputs |= {"text": text.fingerprint, "small": small.fingerprint}
 
+    if config.lora_rank:
+        inputs["lora_rank"] = config.lora_rank
+    lora = LoraConfig(config.lora_rank, 2.0 * config.lora_rank) if config.lora_rank else None
+
     def work(out: Path) -> None:
         model = load(small.path / MODEL)
         table = sample_table(text, model.config, config.training.length, config.weights)
-        loss = next_token(apply_of(model.config))
-        train(model, loss, table, config.training, seed=config.seed, out=out, title="sft")
+        loss = next_token(applied(model.config, config.training.layout))
+        train(
+            model,
+            loss,
+            table,
+            config.training,
+            seed=config.seed,
+            out=out,
+            title="sft",
+            lora=lora,
+        )
 
     return Stage(config.run, f"seed{config.seed}/sft", inputs).run(work)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,27 @@ import jax
 from jax.sharding import Mesh
 
 from egjax.evals.intervals import Figure
+from egjax.lm import peft
+from egjax.lm.lora import LoraConfig, merge
+from egjax.lm.lora import init as init_adapter
+from egjax.lm.lora import shardings as adapter_shardings
 from egjax.lm.params import shardings
 from egjax.mesh import batch_sharding, make_mesh
+from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
+from egjax.train.layout import Layout, cast, masters, placed_step
 from egjax.train.loop import fit
 from egjax.train.optim import OptimConfig, make_optimizer
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
 from experiments.common import Done, save_then_stop
 from experiments.models import Model, save
 
-__all__ = ["MODEL", "Training", "curve", "figures", "mesh_for", "placed", "train"]
+__all__ = ["ADAPTER", "MODEL", "Training", "curve", "figures", "mesh_for", "placed", "train"]
 
 MODEL = "model"
 """Folder of the model in a stage's outputs."""
+ADAPTER = "adapter"
+"""Folder of the adapter, where one was trained."""
 _CURVE = "metrics.jsonl"
 
 
@@ -43,6 +51,8 @@ class Training:
     """Peak of the learning rate."""
     save_every: int = 100
     """Steps between checkpoints."""
+    layout: Layout = field(default_factory=Layout)
+    """What a step trades between memory, arithmetic and communication."""
 
 
 def train(
@@ -55,6 +65,7 @@ def train(
     out: Path,
     title: str,
     frozen: Any = None,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Trains a model and writes it to `out/model`; goes on from a checkpoint of the same stage.
 
@@ -67,17 +78,36 @@ def train(
         out: the stage's directory.
         title: for the progress display.
         frozen: what the objective takes beside the parameters, on the same mesh (`placed`).
+        lora: train this adapter in place of the weights. It is written to `out/adapter` in PEFT's
+            layout, and the model with it merged in.
 
     Raises:
         KeyboardInterrupt: asked to stop; the state was saved first, and the same command goes on.
     """
     tx = make_optimizer(OptimConfig(learning_rate=config.learning_rate), config.steps)
-    mesh = mesh_for(config.batch)
-    state = state_shardings(tx, model.params, shardings(model.config, mesh), mesh)
+    mesh = mesh_for(config)
+    model.config.check_length(config.length, where="rows of training data")
+    base = placed(model, mesh)
+    if lora is None:
+        placed_model = placed_step(loss, model.config, tx, mesh, config.layout)
+        step = placed_model.step
+        state = init_state(masters(base, config.layout), tx, placed_model.shardings)
+    else:
+        adapter = init_adapter(jax.random.key(seed), model.config, lora, mesh)
+        places = adapter_shardings(model.config, lora, mesh)
+        places = state_shardings(tx, adapter, places, mesh)
+        step = make_train_step(
+            adapted(loss, lora),
+            tx,
+            accumulate=config.layout.accumulate,
+            shardings=places,
+            batch_sharding=batch_sharding(mesh),
+        )
+        state, frozen = init_state(adapter, tx, places), FrozenBase(base, frozen)
     with save_then_stop() as stop:
         result = fit(
-            init_state(placed(model, mesh), tx, state),
-            make_train_step(loss, tx, shardings=state, batch_sharding=batch_sharding(mesh)),
+            state,
+            step,
             Shuffled(table, config.batch, seed),
             num_steps=config.steps,
             key=jax.random.key(seed),
@@ -88,12 +118,20 @@ def train(
             stop=stop,
             title=title,
         )
-    save(out / MODEL, model._replace(params=result.state.params))
+    trained = result.state.params
+    if lora is not None:
+        peft.save(out / ADAPTER, model.config, lora, trained)
+        trained = merge(base, trained, lora)
+    trained = cast(trained, model.config.dtype)
+    save(out / MODEL, model._replace(params=trained))
 
 
-def mesh_for(batch: int) -> Mesh:
-    """All devices along `data`, as far as they divide a batch."""
-    return make_mesh(data=math.gcd(batch, jax.device_count()))
+def mesh_for(config: Training) -> Mesh:
+    """All devices along `data`, as far as they divide a batch, and what `layout` wants along
+    `model`."""
+    layout = config.layout
+    rows = jax.device_count() // layout.model
+    return make_mesh(data=math.gcd(config.batch // layout.accumulate, rows), model=layout.model)
 
 
 def placed(model: Model, mesh: Mesh) -> Any:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "search": BASE | {"sim"},
     "experience": BASE | {"sim", "lm"},
     "train": BASE | {"sim", "lm", "search", "experience"},
+    "capacity": BASE | {"lm", "train"},
     "evals": BASE | {"sim", "lm", "search", "experience"},
 }
 MCTX = "egjax/search/mcts.py"

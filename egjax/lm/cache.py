@@ -9,15 +9,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from egjax.lm.config import LlamaConfig
+from egjax.mesh import constrain
 
-__all__ = ["Cache", "empty", "write"]
+__all__ = ["Cache", "empty", "put_segments", "write"]
 
 Array = jax.Array
+
+# Rows that are written one slab each, faster than a scatter; for more the program would grow long.
+_SLABS = 32
 
 
 @struct.dataclass
 class Cache:
-    """A store of S slots for B rows. Every row has used the same number of slots.
+    """A store of S slots for B rows. All rows have used the same number of slots, or each its own.
 
     Who fills it sees to it that no more than S tokens go in: inside `jit` that cannot raise, and a
     slab beyond the end would overwrite the last slots.
@@ -25,7 +29,8 @@ class Cache:
     Attributes:
         keys, values: [L, B, kv_heads, S, head_dim].
         segment_ids: int32[B, S]. Segment of the token in each slot, 0 for padding and unused.
-        used: int32[]. Slots in use.
+        used: int32[], slots in use, the same in all rows; or int32[B], those of each row. What lies
+            behind them is not seen and is overwritten, so to forget tokens is to lower it.
     """
 
     keys: Array
@@ -34,20 +39,22 @@ class Cache:
     used: Array
 
 
-def empty(config: LlamaConfig, batch: int, slots: int) -> Cache:
+def empty(config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False) -> Cache:
     """A cache with nothing in it.
 
     Args:
         config: the model.
         batch: rows B.
         slots: tokens S that it can hold.
+        by_row: each row counts its own slots.
     """
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    store = constrain(jnp.zeros(shape, config.dtype), None, "batch", "kv_heads", None, None)
     return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=store,
+        values=store,
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
-        used=jnp.int32(0),
+        used=jnp.zeros((batch,) if by_row else (), jnp.int32),
     )
 
 
@@ -65,10 +72,32 @@ def write(cache: Cache, layer: Array, keys: Array, values: Array) -> tuple[Cache
     Returns:
         The store, and this layer's keys and values [B, kv_heads, S, head_dim].
     """
-    at = (layer, 0, 0, cache.used, 0)
     cache = replace(
         cache,
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys[None], at),
-        values=jax.lax.dynamic_update_slice(cache.values, values[None], at),
+        keys=_put(cache.keys, keys, layer, cache.used),
+        values=_put(cache.values, values, layer, cache.used),
     )
     return cache, cache.keys[layer], cache.values[layer]
+
+
+def put_segments(cache: Cache, segment_ids: Array) -> Array:
+    """`cache.segment_ids` with those of T new tokens [B, T] behind the slots in use."""
+    if not cache.used.ndim:
+        return jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
+    return jax.vmap(jax.lax.dynamic_update_slice)(
+        cache.segment_ids, segment_ids, cache.used[:, None]
+    )
+
+
+def _put(store: Array, new: Array, layer: Array, used: Array) -> Array:
+    """The store with `new` [B, kv_heads, T, head_dim] in one layer, from slot `used` on."""
+    if not used.ndim:
+        return jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, used, 0))
+    rows, _, length, _ = new.shape
+    if rows > _SLABS:
+        at = layer, jnp.arange(rows)[:, None], slice(None), used[:, None] + jnp.arange(length)
+        return store.at[at].set(new.swapaxes(1, 2))
+    for row in range(rows):
+        slab = new[None, row : row + 1]
+        store = jax.lax.dynamic_update_slice(store, slab, (layer, row, 0, used[row], 0))
+    return store

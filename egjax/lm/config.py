@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from egjax.errors import EgjaxError
 
-__all__ = ["LlamaConfig", "RopeScaling", "large_config", "small_config"]
+__all__ = [
+    "PRESETS",
+    "LlamaConfig",
+    "RopeScaling",
+    "large_config",
+    "preset",
+    "small_config",
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,15 @@ class LlamaConfig:
         """Query heads that share one key and value head."""
         return self.num_heads // self.num_kv_heads
 
+    def check_length(self, length: int, *, where: str | None = None) -> None:
+        """Raises `EgjaxError` if a sequence of so many tokens is longer than the context."""
+        if length > self.max_seq_len:
+            raise EgjaxError(
+                f"a sequence of {length} tokens exceeds the model's context of {self.max_seq_len}",
+                where=where,
+                remedy="shorten it, or split the text",
+            )
+
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, where: str | None = None) -> LlamaConfig:
         """Reads the fields of a Hugging Face `config.json`.
@@ -100,7 +117,8 @@ class LlamaConfig:
             where: name of the file, for messages.
 
         Raises:
-            EgjaxError: not a Llama, a field is missing, or a feature is not supported.
+            EgjaxError: not a Llama, a field is missing, a feature is not supported, or a field is
+                not known and not empty.
         """
         if fields.get("model_type") != "llama":
             raise EgjaxError(
@@ -110,6 +128,7 @@ class LlamaConfig:
             )
         if fields.get("hidden_act", "silu") != "silu":
             raise EgjaxError(f"activation {fields['hidden_act']!r}; silu is needed", where=where)
+        _refuse_unknown(fields, _READ | _WITHOUT_EFFECT, where)
         theta, scaling = _rope(fields, where)
         eos = fields.get("eos_token_id")
         try:
@@ -178,17 +197,115 @@ class LlamaConfig:
         }
 
 
+_READ = frozenset(
+    [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "hidden_act",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "dtype",
+        "torch_dtype",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ]
+)
+# Fields that change nothing of what a Llama computes from tokens: provenance, initialisation,
+# other slicings of the same sums, what is returned, and defaults of sampling.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "initializer_range",
+        "use_cache",
+        "pretraining_tp",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "is_llama_config",
+        "max_sequence_length",
+        "unk_token_id",
+        "sep_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "temperature",
+        "top_p",
+        "top_k",
+        "do_sample",
+        "max_length",
+        "max_new_tokens",
+        "num_beams",
+        "num_return_sequences",
+        "length_penalty",
+        "repetition_penalty",
+    ]
+)
+_ROPE = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ]
+)
+
+
+def _refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], where: str | None) -> None:
+    """Refuses a field that might change what the model computes; an empty one cannot."""
+    for name, value in fields.items():
+        if name in known or value in (None, False, "", [], {}):  # 0 and 0.0 are False, too
+            continue
+        if name == "quantization_config":
+            raise EgjaxError(
+                "quantised weights are not read",
+                where=where,
+                remedy="give the model in float32 or bfloat16",
+            )
+        raise EgjaxError(
+            f"field {name!r} = {value!r} is not known or not honoured",
+            where=where,
+            remedy="delete it if the model computes the same without it",
+        )
+
+
 def _rope(fields: Mapping[str, Any], where: str | None) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from either form of the fields."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise EgjaxError(f"rotary scaling {scaling!r} is no JSON object", where=where)
     theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise EgjaxError(
             f"rotary scaling {kind!r} is not supported", where=where, remedy="default or llama3"
         )
+    known = _ROPE if kind == "llama3" else frozenset(("rope_type", "type", "rope_theta"))
+    # A rotary embedding of part of each head is another model; of all of it, ours.
+    scaling = {k: v for k, v in scaling.items() if (k, v) != ("partial_rotary_factor", 1.0)}
+    _refuse_unknown(scaling, known, where)
+    if kind == "default":
+        return theta, None
     try:
         return theta, RopeScaling(
             factor=float(scaling["factor"]),
@@ -198,6 +315,71 @@ def _rope(fields: Mapping[str, Any], where: str | None) -> tuple[float, RopeScal
         )
     except KeyError as error:
         raise EgjaxError(f"field {error} of the rotary scaling is missing", where=where) from error
+
+
+def _llama2(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    """Llama 2 (arXiv 2307.09288)."""
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_seq_len=4096,
+        tie_embeddings=False,
+        dtype="bfloat16",
+        pad_id=None,
+    )
+
+
+def _llama3(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
+    """Llama 3 (arXiv 2407.21783)."""
+    return replace(
+        _llama2(hidden, mlp, layers, heads, 8),
+        vocab_size=128_256,
+        max_seq_len=8192,
+        rope_theta=500_000.0,
+        bos_id=128_000,
+        eos_ids=(128_001,),
+    )
+
+
+def _stretched(config: LlamaConfig, factor: float = 8.0, *, tied: bool = False) -> LlamaConfig:
+    """Llama 3.1 and 3.2: a longer context by stretched wavelengths."""
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    return replace(config, max_seq_len=131_072, rope_scaling=scaling, tie_embeddings=tied)
+
+
+PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
+    {
+        "tinyllama-1.1b": replace(_llama2(2048, 5632, 22, 32, 4), max_seq_len=2048),
+        "llama-2-7b": _llama2(4096, 11_008, 32, 32, 32),
+        "llama-2-13b": _llama2(5120, 13_824, 40, 40, 40),
+        "llama-2-70b": _llama2(8192, 28_672, 80, 64, 8),
+        "llama-3-8b": _llama3(4096, 14_336, 32, 32),
+        "llama-3-70b": _llama3(8192, 28_672, 80, 64),
+        "llama-3.1-8b": _stretched(_llama3(4096, 14_336, 32, 32)),
+        "llama-3.1-70b": _stretched(_llama3(8192, 28_672, 80, 64)),
+        "llama-3.1-405b": _stretched(_llama3(16_384, 53_248, 126, 128)),
+        "llama-3.2-1b": _stretched(_llama3(2048, 8192, 16, 32), 32.0, tied=True),
+        "llama-3.2-3b": _stretched(_llama3(3072, 8192, 28, 24), 32.0, tied=True),
+    }
+)
+"""Base models by their published `config.json`; fine-tuned ones end texts with further tokens."""
+
+
+def preset(name: str) -> LlamaConfig:
+    """One of `PRESETS`, upper or lower case.
+
+    Raises:
+        EgjaxError: there is none of this name.
+    """
+    found = PRESETS.get(name.lower())
+    if found is None:
+        raise EgjaxError(f"no model {name!r}", remedy=f"one of {', '.join(PRESETS)}")
+    return found
 
 
 def small_config(vocab_size: int, *, max_seq_len: int = 512) -> LlamaConfig:

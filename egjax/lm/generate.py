@@ -19,23 +19,28 @@ from flax import struct
 from egjax.errors import EgjaxError
 from egjax.lm.cache import Cache, empty
 from egjax.lm.config import LlamaConfig
+from egjax.lm.lora import Pair
 from egjax.lm.model import trunk, unembed
 from egjax.lm.params import Params
+from egjax.lm.stops import Stops, follow
 
 __all__ = [
     "Combine",
     "Generation",
     "Models",
     "Prompts",
+    "check_settings",
     "check_vocabularies",
     "completions",
+    "draw",
     "first",
     "generate",
     "pad_prompts",
+    "sampling_logits",
 ]
 
 Array = jax.Array
-Models = Sequence[tuple[Params, LlamaConfig]]
+Models = Sequence[tuple[Params | Pair, LlamaConfig]]
 Combine = Callable[[tuple[Array, ...]], Array]
 """From one array of logits [..., V] per model to logits [..., V] of what is decoded."""
 
@@ -63,7 +68,7 @@ class Generation:
         logps: float32[B, N]. Log-probability of each token under the combined logits, before
             temperature and top-p; 0 at padding.
         mask: bool[B, N]. True for a generated token.
-        ended: bool[B]. True where the end token came.
+        ended: bool[B]. True where the end token or a stop string came.
     """
 
     tokens: Array
@@ -128,30 +133,10 @@ def check_vocabularies(
             )
 
 
-def generate(
-    models: Models,
-    prompts: Prompts,
-    key: Array,
-    *,
-    max_new_tokens: int,
-    combine: Combine = first,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-) -> Generation:
-    """Completes prompts token by token until every row has ended.
-
-    Args:
-        models: (parameters, config) of each model; all read the same tokens, each with a cache of
-            its own. The ids of padding and of the end are those of the first.
-        prompts: see `pad_prompts`.
-        key: random key, consumed. Each row has a stream of its own, so that what is drawn for it
-            does not depend on how many rows there are.
-        max_new_tokens: most tokens N of a completion.
-        combine: what is decoded, from the models' logits; e.g. `egjax.lm.ratio.ratio_combine`.
-            Pass the same function object again to reuse the compilation.
-        temperature: divides the logits before drawing; 0 takes the most likely token.
-        top_p: draw from the smallest set of tokens with at least this probability (nucleus,
-            Holtzman et al. 2020, arXiv 1904.09751).
+def check_settings(
+    models: Models, prompts: Prompts, max_new_tokens: int, temperature: float, top_p: float
+) -> None:
+    """Refuses what no decoder here can do; arguments as in `generate`.
 
     Raises:
         EgjaxError: the models' vocabularies differ in size, the context is too short, or a
@@ -168,12 +153,49 @@ def generate(
             )
     if temperature < 0 or not 0 < top_p <= 1:
         raise EgjaxError(f"temperature {temperature}, top_p {top_p}", remedy="≥ 0 and in (0, 1]")
+
+
+def generate(
+    models: Models,
+    prompts: Prompts,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    combine: Combine = first,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stops: Stops | None = None,
+) -> Generation:
+    """Completes prompts token by token until every row has ended.
+
+    Args:
+        models: (parameters, config) of each model; all read the same tokens, each with a cache of
+            its own. The ids of padding and of the end are those of the first. An
+            `egjax.lm.lora.Pair` counts as two, πᴱ and πᴺ.
+        prompts: see `pad_prompts`.
+        key: random key, consumed. Each row has a stream of its own, so that what is drawn for it
+            does not depend on how many rows there are.
+        max_new_tokens: most tokens N of a completion.
+        combine: what is decoded, from the models' logits; e.g. `egjax.lm.ratio.ratio_combine`.
+            Pass the same function object again to reuse the compilation.
+        temperature: divides the logits before drawing; 0 takes the most likely token.
+        top_p: draw from the smallest set of tokens with at least this probability (nucleus,
+            Holtzman et al. 2020, arXiv 1904.09751).
+        stops: strings that end a completion like the end token, see `egjax.lm.stops.stop_table`;
+            the token in which one ends is kept, `egjax.lm.stops.cut` shortens the text.
+
+    Raises:
+        EgjaxError: the models' vocabularies differ in size, the context is too short, or a
+            setting is out of range.
+    """
+    check_settings(models, prompts, max_new_tokens, temperature, top_p)
     return _generate(
         tuple(params for params, _ in models),
         prompts,
         key,
         jnp.float32(temperature),
         jnp.float32(top_p),
+        stops,
         configs=tuple(config for _, config in models),
         combine=combine,
         max_new_tokens=max_new_tokens,
@@ -182,11 +204,13 @@ def generate(
 
 @struct.dataclass
 class _Loop:
-    """What the loop over tokens carries: caches, the step to do next, and the result so far."""
+    """What the loop over tokens carries: caches, the step to do next, the result so far, and how
+    much of a stop string each row has."""
 
     caches: tuple[Cache, ...]
     step: Array
     result: Generation
+    matched: Array
 
 
 @partial(jax.jit, static_argnames=("configs", "combine", "max_new_tokens"))
@@ -196,6 +220,7 @@ def _generate(
     key: Array,
     temperature: Array,
     top_p: Array,
+    stops: Stops | None,
     *,
     configs: tuple[LlamaConfig, ...],
     combine: Combine,
@@ -209,26 +234,29 @@ def _generate(
 
     def read(caches, tokens, mask):
         """Combined logits [B, V] after the last of these tokens, and the caches with them."""
-        outs = [
-            trunk(p, c, tokens, segment_ids=mask.astype(jnp.int32), cache=cache)
-            for p, c, cache in zip(params, configs, caches)
-        ]
-        logits = [unembed(p, c, o.final[:, -1]) for p, c, o in zip(params, configs, outs)]
-        return combine(tuple(logits)), tuple(out.cache for out in outs if out.cache is not None)
+        logits, filled = [], []
+        for p, c, cache in zip(params, configs, caches):
+            more, cache = _next_logits(p, c, tokens, mask.astype(jnp.int32), cache)
+            logits += more
+            filled.append(cache)
+        return combine(tuple(logits)), tuple(filled)
 
-    def choose(logits, step, result):
-        """Draws token `step` of the rows that go on."""
+    def choose(logits, step, result, matched):
+        """Draws token `step` of the rows that go on, and follows the stop strings."""
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token = _draw(logits, step_keys, temperature, top_p)
+        token = draw(logits, step_keys, temperature, top_p)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         going = ~(result.ended | filler)
         token = jnp.where(going, token, pad)
-        return Generation(
+        hits, states = follow(stops, matched, token[:, None])
+        ends = (token[:, None] == eos).any(axis=1) | hits[:, 0]
+        result = Generation(
             tokens=result.tokens.at[:, step].set(token),
             logps=result.logps.at[:, step].set(jnp.where(going, logp, 0.0)),
             mask=result.mask.at[:, step].set(going),
-            ended=result.ended | (going & (token[:, None] == eos).any(axis=1)),
+            ended=result.ended | (going & ends),
         )
+        return result, states[:, 0]
 
     def unfinished(loop):
         return (loop.step < max_new_tokens) & ~(loop.result.ended | filler).all()
@@ -238,7 +266,8 @@ def _generate(
         logits, caches = read(
             loop.caches, loop.result.tokens[:, last, None], loop.result.mask[:, last, None]
         )
-        return _Loop(caches, loop.step + 1, choose(logits, loop.step, loop.result))
+        result, matched = choose(logits, loop.step, loop.result, loop.matched)
+        return _Loop(caches, loop.step + 1, result, matched)
 
     shape = (rows, max_new_tokens)
     blank = Generation(
@@ -247,26 +276,52 @@ def _generate(
         mask=jnp.zeros(shape, bool),
         ended=jnp.zeros(rows, bool),
     )
-    caches = tuple(empty(config, rows, length + max_new_tokens) for config in configs)
+    caches = tuple(
+        empty(config, 2 * rows if isinstance(p, Pair) else rows, length + max_new_tokens)
+        for p, config in zip(params, configs)
+    )
     logits, caches = read(caches, prompts.tokens, prompts.mask)
-    start = _Loop(caches, jnp.int32(1), choose(logits, 0, blank))
+    start = _Loop(caches, jnp.int32(1), *choose(logits, 0, blank, jnp.zeros(rows, jnp.int32)))
     return jax.lax.while_loop(unfinished, advance, start).result
 
 
-def _draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:
-    """A token int32[B] per row of logits [B, V]; temperature 0 takes the most likely."""
+def _next_logits(
+    params: Params | Pair, config: LlamaConfig, tokens: Array, segment_ids: Array, cache: Cache
+) -> tuple[list[Array], Any]:
+    """Logits [B, V] after the last token, two of a `Pair`; and the cache with these tokens."""
+    pair = isinstance(params, Pair)
+    if pair:
+        params = params.doubled(tokens.shape[0])
+        tokens, segment_ids = (jnp.concatenate([x, x]) for x in (tokens, segment_ids))
+    out = trunk(params, config, tokens, segment_ids=segment_ids, cache=cache)
+    logits = unembed(params, config, out.final[:, -1])
+    return (jnp.split(logits, 2) if pair else [logits]), out.cache
+
+
+def draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:
+    """A token int32[B] per row of logits [B, V]; temperature 0 takes the most likely.
+
+    The draw is the maximum of the logits with noise that the key alone determines, so rows of like
+    logits and equal keys draw the same token.
+    """
 
     def sample() -> Array:
-        scaled = logits / temperature
-        return jax.vmap(jax.random.categorical)(keys, _nucleus(scaled, top_p))
+        return jax.vmap(jax.random.categorical)(keys, sampling_logits(logits, temperature, top_p))
 
     likeliest = jnp.argmax(logits, axis=-1)
     token = jax.lax.cond(temperature > 0, sample, lambda: likeliest)
     return token.astype(jnp.int32)
 
 
+def sampling_logits(logits: Array, temperature: Array, top_p: Array) -> Array:
+    """Logits [..., V] of what is drawn from at a temperature above 0: -inf outside the smallest set
+    of probability at least `top_p`."""
+    scaled = logits / temperature
+    return jax.lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
+
+
 def _nucleus(logits: Array, top_p: Array) -> Array:
-    """Logits [B, V] with −inf outside the smallest set of probability at least `top_p`."""
+    """Logits [..., V] with -inf outside the smallest set of probability at least `top_p`."""
     descending = -jnp.sort(-logits, axis=-1)
     shares = jax.nn.softmax(descending, axis=-1)
     kept = jnp.cumsum(shares, axis=-1) - shares < top_p

@@ -1,31 +1,39 @@
 """Llama checkpoints in Hugging Face's layout, in and out: `config.json` and safetensors.
 
-One tensor at a time is read and put where its part of the stacked parameters belongs, so a host
-needs memory for one tensor and for the shards of its own devices. Neither torch nor pickle is
-used.
+Both ways one matrix of one layer at a time is on the host, and of that only what its own devices
+keep, so host memory does not grow with the model. Neither torch nor pickle is used, and nothing
+from a checkpoint is executed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from egjax.errors import EgjaxError, require
 from egjax.lm.config import LlamaConfig
-from egjax.lm.params import Params, Spec, shardings, table
+from egjax.lm.params import Params, Spec, num_inputs, shardings, table
 
-__all__ = ["load", "save"]
+__all__ = ["SHARD_BYTES", "Files", "Place", "load", "read_json", "read_tensors", "save", "write"]
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Largest file that `save` writes; larger models become several files and an index."""
+
+# Types of weights as safetensors names them. What else there is (integers, 8-bit floats) is
+# quantised, and its scales lie elsewhere.
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 _OUTSIDE = {
     ("embedding",): "model.embed_tokens.weight",
@@ -53,117 +61,169 @@ _INSIDE = {
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """How one of our tensors lies in a Hugging Face file.
 
     Attributes:
         names: its name there; a stacked tensor has one per layer.
         stacked: it has a leading axis of layers.
         shape: shape of one layer of it (or of it) here.
-        outer: its shape there.
-        transposed: there it is [out, in], here [in, out].
+        inputs: how many of these axes come first; they are one axis in the file, the rest another.
+        transposed: in the file it is [out, in], here [in, out].
     """
 
     names: tuple[str, ...]
     stacked: bool
     shape: tuple[int, ...]
-    outer: tuple[int, ...]
+    inputs: int
     transposed: bool
 
-    def inward(self, array: np.ndarray) -> np.ndarray:
-        """From the file's shape to ours."""
-        return (array.T if self.transposed else array).reshape(self.shape)
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        sizes = tuple(math.prod(shape) for shape in self._groups(self.shape))
+        return sizes[::-1] if self.transposed else sizes
+
+    def read(self, part: Callable[[tuple[slice, ...]], np.ndarray], index: Any) -> np.ndarray:
+        """A part of one layer of it.
+
+        Args:
+            part: reads slices of the file's tensor.
+            index: slices of our shape.
+        """
+        spans = [range(*cut.indices(size)) for cut, size in zip(index, self.shape, strict=True)]
+        cuts = [slice(span.start, span.stop) for span in spans]
+        slabs, shape = [], []
+        for sizes, group in zip(self._groups(self.shape), self._groups(cuts), strict=True):
+            # Of the axes that are one in the file the first is cut there, the others here.
+            inner = math.prod(sizes[1:])
+            slabs.append(slice(group[0].start * inner, group[0].stop * inner))
+            shape += [group[0].stop - group[0].start, *sizes[1:]]
+        array = part(tuple(slabs[::-1] if self.transposed else slabs))
+        array = (array.T if self.transposed else array).reshape(shape)
+        firsts = (0, self.inputs)
+        return array[tuple(slice(None) if i in firsts else cut for i, cut in enumerate(cuts))]
 
     def outward(self, array: np.ndarray) -> np.ndarray:
-        """From our shape to the file's."""
+        """From our shape of one layer to the file's."""
         if self.transposed:
             array = array.reshape(self.outer[::-1]).T
         return np.ascontiguousarray(array.reshape(self.outer))
 
+    def _groups(self, items: Sequence[Any]) -> list[Sequence[Any]]:
+        """Items of our axes by the axis of the file that they belong to."""
+        return [group for group in (items[: self.inputs], items[self.inputs :]) if len(group)]
 
-def _places(config: LlamaConfig) -> dict[tuple[str, ...], _Place]:
+
+def _places(config: LlamaConfig) -> dict[tuple[str, ...], Place]:
     """Where each tensor of the table lies, by its path in the parameters."""
     places = {}
     for path, spec in jax.tree_util.tree_leaves_with_path(table(config)):
         keys = tuple(part.key for part in path)
-        stacked = keys[0] == "layers"
+        name, stacked = keys[-1], keys[0] == "layers"
         if stacked:
             layers = range(config.num_layers)
-            names = tuple(f"model.layers.{layer}.{_INSIDE[keys[1]]}" for layer in layers)
+            names = tuple(f"model.layers.{layer}.{_INSIDE[name]}" for layer in layers)
         else:
             names = (_OUTSIDE[keys],)
         shape = spec.shape[stacked:]
-        places[keys] = _Place(names, stacked, shape, *_outer(keys[-1], shape, spec.axes[stacked:]))
+        if name.endswith(("_norm", "_bias")):
+            inputs, transposed = len(shape), False
+        elif stacked:
+            inputs, transposed = num_inputs(spec), True
+        else:
+            inputs, transposed = 1, name == "unembedding"
+        places[keys] = Place(names, stacked, shape, inputs, transposed)
     return places
 
 
-def _outer(name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """The file's shape of a tensor, and whether it is transposed there."""
-    if name.endswith(("_norm", "_bias")):
-        return (int(np.prod(shape)),), False
-    if name == "embedding":
-        return shape, False
-    # Of a matrix the axes around `embed` are its inputs or its outputs, all of them.
-    inputs = 1 if axes[0] == "embed" else len(shape) - 1
-    return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))), True
+class Files:
+    """The tensors of safetensors files, opened at once and read when asked for.
 
+    Args:
+        paths: the files.
+        stack: closes them.
 
-class _Files:
-    """The tensors of a checkpoint's files, opened once and read when asked for."""
+    Raises:
+        EgjaxError: a file is missing, cut short or otherwise unreadable.
+    """
 
-    def __init__(self, folder: Path, stack: ExitStack):
+    def __init__(self, paths: Sequence[Path], stack: ExitStack):
         safetensors = require("safetensors", "lm")
+        self._folder = paths[0].parent
         self._handles: dict[str, Any] = {}
-        for path in _weight_files(folder):
+        for path in paths:
+            if not path.is_file():
+                raise EgjaxError("file is missing", where=str(path), remedy=_why_missing(path))
             try:
+                # This compares the file's size with what its header promises, too.
                 handle = stack.enter_context(safetensors.safe_open(path, "np"))
             except Exception as error:  # SafetensorError and OSError have no common base
-                raise EgjaxError(f"cannot be read: {error}", where=str(path)) from error
+                raise EgjaxError(
+                    f"cannot be read: {error}", where=str(path), remedy="download it again"
+                ) from error
             self._handles.update({name: (path, handle) for name in handle.keys()})  # noqa: SIM118
-        self._folder = folder
+
+    def names(self) -> list[str]:
+        """All tensors."""
+        return list(self._handles)
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
         return str(self._handles[name][0]) if name in self._handles else str(self._folder)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as stored.
-
-        Raises:
-            EgjaxError: no file holds it.
-        """
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises `EgjaxError` unless a tensor is there, in this shape, in a type of floats."""
         if name not in self._handles:
+            raise EgjaxError(f"tensor {name} is missing", where=self.where(name), remedy=_MISMATCH)
+        entry = self._handles[name][1].get_slice(name)
+        if tuple(entry.get_shape()) != shape:
             raise EgjaxError(
-                f"tensor {name} is missing",
-                where=str(self._folder),
-                remedy="the configuration and the weights do not belong together",
+                f"tensor {name} has shape {list(entry.get_shape())}, expected {list(shape)}",
+                where=self.where(name),
+                remedy=_MISMATCH,
             )
-        return tuple(self._handles[name][1].get_slice(name).get_shape())
+        if entry.get_dtype() not in _DTYPES.values():
+            raise EgjaxError(
+                f"tensor {name} is of type {entry.get_dtype()}",
+                where=self.where(name),
+                remedy="quantised weights are not read; give the model in float32 or bfloat16",
+            )
 
-    def rows(self, name: str, count: int) -> np.ndarray:
-        """The first rows of a tensor."""
-        return self._handles[name][1].get_slice(name)[:count]
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, a copy of its own."""
+        return self._handles[name][1].get_slice(name)[slices]
+
+
+_MISMATCH = "the configuration and the weights do not belong together"
+
+
+def _why_missing(path: Path) -> str:
+    """What to do about a missing file of weights."""
+    pickled = sorted(file.name for file in path.parent.glob("*.bin"))
+    if pickled:
+        return f"{pickled[0]} is a pickle and never read; convert it to safetensors"
+    return "weights are read from safetensors only"
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint."""
     index = folder / INDEX
-    if index.is_file():
-        weights = _json(index).get("weight_map")
-        if not isinstance(weights, dict):
-            raise EgjaxError("has no weight_map", where=str(index))
-        paths = [folder / name for name in sorted(set(weights.values()))]
-    else:
-        paths = [folder / SINGLE]
-    for path in paths:
-        if not path.is_file():
+    if not index.is_file():
+        return [folder / SINGLE]
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise EgjaxError("has no weight_map", where=str(index))
+    names = sorted({str(name) for name in weights.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise EgjaxError(
-                "file is missing", where=str(path), remedy="weights are read from safetensors only"
+                f"names {name!r}, which is no safetensors file of this folder", where=str(index)
             )
-    return paths
+    return [folder / name for name in names]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file."""
     if not path.is_file():
         raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
@@ -196,112 +256,206 @@ def load(
         The config and the parameters.
 
     Raises:
-        EgjaxError: a file is missing or unreadable, the architecture is not a Llama, a tensor is
-            missing or of the wrong shape.
+        EgjaxError: a file is missing or unreadable, the architecture is not a Llama or has a
+            feature that is not supported, a tensor is missing, of the wrong shape or not finite.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_hf(_json(folder / CONFIG), where=str(folder / CONFIG))
+    config = LlamaConfig.from_hf(read_json(folder / CONFIG), where=str(folder / CONFIG))
     if dtype is not None:
         config = replace(config, dtype=dtype)
-    stored_vocab = config.vocab_size
+    padded = config
     if vocab_size is not None:
-        if vocab_size > stored_vocab:
+        if vocab_size > config.vocab_size:
             raise EgjaxError(
-                f"the model has {stored_vocab} tokens, {vocab_size} are wanted",
+                f"the model has {config.vocab_size} tokens, {vocab_size} are wanted",
                 where=str(folder / CONFIG),
                 remedy="the tokenizer belongs to another model",
             )
         config = replace(config, vocab_size=vocab_size)
-    device = SingleDeviceSharding(jax.devices()[0])
-    placements = (
-        jax.tree.map(lambda _: device, table(config)) if mesh is None else shardings(config, mesh)
-    )
-    places = _places(config)
+    placement = None if mesh is None else shardings(config, mesh)
     with ExitStack() as stack:
-        files = _Files(folder, stack)
-        _check_shapes(files, places, stored_vocab - config.vocab_size)
+        files = Files(_weight_files(folder), stack)
+        # The files' shapes are those before a padded vocabulary is cut.
+        for place in _places(padded).values():
+            for name in place.names:
+                files.check(name, place.outer)
+        return config, read_tensors(files, table(config), _places(config), placement)
 
-        def fetch(path, spec: Spec, placement) -> jax.Array:
-            place = places[tuple(part.key for part in path)]
-            return jax.make_array_from_callback(
-                spec.shape, placement, lambda index: _part(files, place, spec, index)
+
+def read_tensors(
+    files: Files,
+    specs: dict[str, Any],
+    places: dict[tuple[str, ...], Place],
+    placement: Params | None = None,
+) -> Params:
+    """Reads the tensors of a table layer by layer, each straight to its devices.
+
+    Args:
+        files: hold them, checked.
+        specs: the table.
+        places: where each lies, by its path in the table.
+        placement: shardings like the table; None for the default device.
+
+    Raises:
+        EgjaxError: a tensor holds NaN or infinite values.
+    """
+    device = SingleDeviceSharding(jax.devices()[0])
+    if placement is None:
+        placement = jax.tree.map(lambda _: device, specs)
+
+    def fetch(path, spec: Spec, sharding: Sharding) -> jax.Array:
+        place = places[tuple(part.key for part in path)]
+        if place.stacked and isinstance(sharding, NamedSharding):
+            one: Any = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        else:
+            one = sharding
+        # Nothing to fill where there is one tensor only: it is what the file's becomes.
+        size = spec.shape if place.stacked else (0,)
+        result = jnp.zeros(size, spec.dtype, device=sharding if place.stacked else None)
+        for layer, name in enumerate(place.names):
+            value = jax.make_array_from_callback(
+                place.shape, one, partial(place.read, partial(files.read, name))
             )
-
-        return config, jax.tree_util.tree_map_with_path(fetch, table(config), placements)
-
-
-def _check_shapes(files: _Files, places: dict[tuple[str, ...], _Place], cut: int) -> None:
-    """Raises unless every tensor is there in its shape; `cut` rows of the vocabulary will go."""
-    for keys, place in places.items():
-        expected = place.outer
-        if keys[0] in ("embedding", "unembedding"):
-            expected = (expected[0] + cut, *expected[1:])
-        for name in place.names:
-            shape = files.shape(name)
-            if shape != expected:
+            result, finite = _put(sharding, place.stacked)(result, value, layer)
+            # Waits, too: otherwise reading would run ahead and fill the host's memory.
+            if not bool(finite):
                 raise EgjaxError(
-                    f"tensor {name} has shape {list(shape)}, expected {list(expected)}",
+                    f"tensor {name} holds NaN or infinite values",
                     where=files.where(name),
-                    remedy="the configuration and the weights do not belong together",
+                    remedy="the checkpoint is broken, or its numbers do not fit the dtype",
                 )
+        return result
+
+    return jax.tree_util.tree_map_with_path(fetch, specs, placement)
 
 
-def _part(files: _Files, place: _Place, spec: Spec, index: Any) -> np.ndarray:
-    """One device's part of a tensor, read layer by layer."""
-    dtype = jnp.dtype(spec.dtype)
-    if not place.stacked:
-        whole = place.inward(files.rows(place.names[0], place.outer[0]))
-        return whole[index].astype(dtype)
-    parts = [
-        place.inward(files.rows(name, place.outer[0]))[index[1:]].astype(dtype)
-        for name in place.names[index[0]]
-    ]
-    return np.stack(parts)
+@cache
+def _put(sharding: Sharding, stacked: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Compiles the writing of a layer into its stack, in place, and the check that it is finite."""
+
+    def put(stack: jax.Array, value: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
+        value = value.astype(stack.dtype)
+        finite = jnp.isfinite(value).all()
+        if not stacked:
+            return value, finite
+        return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), finite
+
+    everywhere = sharding
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    donated = (0,) if stacked else ()
+    return jax.jit(put, donate_argnums=donated, out_shardings=(sharding, everywhere))
 
 
-def save(folder: str | Path, config: LlamaConfig, params: Params) -> None:
+def save(
+    folder: str | Path, config: LlamaConfig, params: Params, *, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes a checkpoint that transformers loads as `LlamaForCausalLM`.
 
     Args:
-        folder: made if need be; `config.json` and `model.safetensors` in it are replaced, each in
-            one step, so that a full disk leaves the old ones.
+        folder: made if need be. Weights are written beside those already there, which are
+            replaced once all are written, so that a full disk leaves the old ones.
         config: the model.
-        params: its parameters.
+        params: its parameters, on devices of this process.
+        shard_bytes: largest file of weights; more become several files and an index.
 
     Raises:
         EgjaxError: the files cannot be written.
     """
-    numpy_io = require("safetensors.numpy", "lm")
     folder = Path(folder)
-    tensors = dict(_tensors(config, params))
+    tensors = _Tensors(config, params)
+    shards: list[list[str]] = [[]]
+    for name in tensors.names():
+        full = sum(map(tensors.nbytes, shards[-1])) + tensors.nbytes(name) > shard_bytes
+        if full and shards[-1]:
+            shards.append([])
+        shards[-1].append(name)
+    count = len(shards)
+    files = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    texts = {CONFIG: config.to_hf()}
+    if count > 1:
+        texts[INDEX] = {
+            "metadata": {"total_size": sum(map(tensors.nbytes, tensors.names()))},
+            "weight_map": {n: file for file, shard in zip(files, shards) for n in shard},
+        }
+    parts = [folder / f"{name}.part" for name in (*files, *texts)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(
-            folder / SINGLE,
-            lambda path: numpy_io.save_file(tensors, path, metadata={"format": "pt"}),
-        )
-        text = json.dumps(config.to_hf(), indent=2) + "\n"
-        _replace(folder / CONFIG, lambda path: path.write_text(text))
+        for path, shard in zip(parts, shards):
+            write(path, {name: tensors.entry(name) for name in shard}, tensors.value)
+        for path, fields in zip(parts[count:], texts.values()):
+            path.write_text(json.dumps(fields, indent=2) + "\n")
+        for path in parts:
+            path.replace(path.with_suffix(""))
+        # Weights of an earlier model in other files would be read in place of these.
+        for path in {*folder.glob("model*.safetensors"), folder / INDEX}:
+            if path.name not in (*files, *texts):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise EgjaxError(f"cannot be written: {error}", where=str(folder)) from error
-
-
-def _tensors(config: LlamaConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the file's tensors."""
-    for (*parents, last), place in _places(config).items():
-        node = params
-        for parent in parents:
-            node = node[parent]
-        array = np.asarray(jax.device_get(node[last]))
-        for name, value in zip(place.names, array if place.stacked else [array]):
-            yield name, place.outward(value)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file, then puts the new one in its place."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        write(beside)
-        beside.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        for path in parts:
+            path.unlink(missing_ok=True)
+
+
+class _Tensors:
+    """The tensors of a model as a file names and shapes them, one at a time."""
+
+    def __init__(self, config: LlamaConfig, params: Params):
+        self._where: dict[str, tuple[Place, Any, int]] = {}
+        for keys, place in _places(config).items():
+            node: Any = params
+            for key in keys:
+                node = node[key]
+            self._where |= {name: (place, node, i) for i, name in enumerate(place.names)}
+
+    def names(self) -> list[str]:
+        """Layer by layer, what is outside the layers first."""
+        return sorted(self._where, key=lambda name: self._where[name][2] + ("layers" in name))
+
+    def nbytes(self, name: str) -> int:
+        place, array, _ = self._where[name]
+        return math.prod(place.outer) * array.dtype.itemsize
+
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type and shape."""
+        place, array, _ = self._where[name]
+        return array.dtype.name, place.outer
+
+    def value(self, name: str) -> np.ndarray:
+        place, array, layer = self._where[name]
+        return place.outward(np.asarray(jax.device_get(array[layer] if place.stacked else array)))
+
+
+def write(
+    path: Path,
+    entries: dict[str, tuple[str, tuple[int, ...]]],
+    value: Callable[[str], np.ndarray],
+) -> None:
+    """Writes a safetensors file, one tensor after the other (safetensors' own writer takes all).
+
+    Layout: the header's length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
+
+    Args:
+        path: the file.
+        entries: type and shape of each tensor.
+        value: gives a tensor by its name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, as readers map them
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in entries:
+            file.write(np.ascontiguousarray(value(name)).view(np.uint8).data)

@@ -11,22 +11,51 @@ arXiv 2305.13245), Shazeer 2020 (SwiGLU, arXiv 2002.05202).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from egjax.lm.cache import Cache, write
+from egjax.errors import EgjaxError
+from egjax.lm.attention import Form, Sight, einsum, prepare
+from egjax.lm.cache import Cache, put_segments, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
+from egjax.mesh import constrain
 
-__all__ = ["Trunk", "forward", "head", "rms_norm", "rope_angles", "rotate", "trunk", "unembed"]
+__all__ = [
+    "REMAT",
+    "Trunk",
+    "forward",
+    "head",
+    "rms_norm",
+    "rope_angles",
+    "rotate",
+    "trunk",
+    "unembed",
+]
 
 Array = jax.Array
 Rope = tuple[Array, Array]
+
+_KEEP = jax.checkpoint_policies.save_only_these_names
+REMAT: Mapping[str, Callable[[Callable], Callable]] = MappingProxyType(
+    {
+        "none": lambda layer: layer,
+        "selective": partial(jax.checkpoint, policy=_KEEP("projection", "attention")),
+        "attention": partial(jax.checkpoint, policy=_KEEP("attention")),
+        "full": jax.checkpoint,
+    }
+)
+"""What of a layer is kept for the backward pass, from most to least: everything; what its matrices
+and its attention give, not the scores (Korthikanti et al. 2022, arXiv 2205.05198); what attention
+gives; its input alone."""
 
 
 class Trunk(NamedTuple):
@@ -53,7 +82,8 @@ def forward(
     segment_ids: Array | None = None,
     cache: None = None,
     return_hidden: Literal[False] = False,
-    remat: Callable | None = None,
+    remat: str | Callable | None = None,
+    attention: str | Form = "auto",
 ) -> Array: ...
 @overload
 def forward(
@@ -65,7 +95,8 @@ def forward(
     *,
     cache: Cache,
     return_hidden: Literal[False] = False,
-    remat: Callable | None = None,
+    remat: str | Callable | None = None,
+    attention: str | Form = "auto",
 ) -> tuple[Array, Cache]: ...
 @overload
 def forward(
@@ -77,7 +108,8 @@ def forward(
     cache: None = None,
     *,
     return_hidden: Literal[True],
-    remat: Callable | None = None,
+    remat: str | Callable | None = None,
+    attention: str | Form = "auto",
 ) -> tuple[Array, Array]: ...
 def forward(
     params: Params,
@@ -87,7 +119,8 @@ def forward(
     segment_ids: Array | None = None,
     cache: Cache | None = None,
     return_hidden: bool = False,
-    remat: Callable | None = None,
+    remat: str | Callable | None = None,
+    attention: str | Form = "auto",
 ):
     """Logits of the next token, at every token.
 
@@ -100,14 +133,22 @@ def forward(
             0 is padding, which nothing sees. None: no padding, one sequence a row.
         cache: tokens read before; these are put behind them.
         return_hidden: also return the residual stream of every layer.
-        remat: what wraps a layer to save memory in training, e.g. `jax.checkpoint`.
+        remat: how to save memory in training: a name of `REMAT`, or what wraps a layer, e.g.
+            `jax.checkpoint`.
+        attention: `"auto"`, or a form of `egjax.lm.attention` or its name.
 
     Returns:
         float32[B, T, V]; with `cache` a pair (logits, cache); with `return_hidden` a pair (logits,
         hidden [L + 1, B, T, D]: embedding, then after each layer, before the final norm).
         Logits at padding are finite and without meaning.
+
+    Raises:
+        EgjaxError: a sequence is longer than the model's context (packed rows may be), or there is
+            no such policy or form of attention.
     """
-    out = trunk(params, config, tokens, positions, segment_ids, cache, return_hidden, remat)
+    out = trunk(
+        params, config, tokens, positions, segment_ids, cache, return_hidden, remat, attention
+    )
     logits = unembed(params, config, out.final)
     extra = [item for item in (out.cache, out.hidden) if item is not None]
     return (logits, *extra) if extra else logits
@@ -121,23 +162,39 @@ def trunk(
     segment_ids: Array | None = None,
     cache: Cache | None = None,
     return_hidden: bool = False,
-    remat: Callable | None = None,
+    remat: str | Callable | None = None,
+    attention: str | Form = "auto",
+    *,
+    prefix_ids: Array | None = None,
 ) -> Trunk:
-    """Everything of `forward` (same arguments) but the logits, which are its largest array."""
+    """Everything of `forward` (same arguments) but the logits, which are its largest array.
+
+    Args:
+        params, config, tokens, positions, segment_ids, cache, return_hidden, remat, attention: see
+            there.
+        prefix_ids: int32[B, T]. A segment that each token sees beside its own, 0 for none: what
+            several continuations of one prompt in a row share. Positions must be given then.
+    """
     length = tokens.shape[1]
+    whole = segment_ids is None
     if segment_ids is None:
+        config.check_length(length)
         segment_ids = jnp.ones((1 if cache is None else tokens.shape[0], length), jnp.int32)
     before: Array | int = 0
     key_segments = segment_ids
     if cache is not None:
         before = cache.used
-        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, before))
-    allowed = _visible(segment_ids, key_segments, before)
+        key_segments = put_segments(cache, segment_ids)
+        if before.ndim:
+            before = before[:, None]
+    sight = Sight(segment_ids, key_segments, before, cache is not None, whole, prefix_ids)
+    attend = prepare(attention, config, sight)
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
-        positions = before + jnp.arange(length)[None]
+        positions = before + jnp.arange(length)[None]  # [1, T], or [B, T] where rows count
     rope = rope_angles(config, positions)
+    stream = _stream_axes(config, tokens)
 
     def layer(carry, scanned):
         x, store = carry
@@ -146,14 +203,17 @@ def trunk(
         query, key, value = _project(weights, normed, rope)
         if store is not None:
             store, key, value = write(store, index, key, value)
-        x = x + _attend(config, weights, query, key, value, allowed)
-        x = x + _mlp(weights, rms_norm(x, weights["mlp_norm"], config.rms_norm_eps))
+        query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
+        mixed = checkpoint_name(attend(query, key, value), "attention")
+        x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
+        normed = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
+        x = constrain(x + _mlp(weights, normed), *stream)
         return (x, store), x if return_hidden else None
 
-    first = params["embedding"][tokens]
+    first = constrain(params["embedding"][tokens], *stream)
     indices = jnp.arange(config.num_layers)
     (last, cache), after = jax.lax.scan(
-        layer if remat is None else remat(layer), (first, cache), (params["layers"], indices)
+        _rematerialised(layer, remat), (first, cache), (params["layers"], indices)
     )
     if cache is not None:
         cache = replace(cache, segment_ids=key_segments, used=cache.used + length)
@@ -161,11 +221,20 @@ def trunk(
     return Trunk(rms_norm(last, params["final_norm"], config.rms_norm_eps), hidden, cache)
 
 
+def _rematerialised(layer: Callable, remat: str | Callable | None) -> Callable:
+    """A layer under a policy."""
+    if remat is None or callable(remat):
+        return layer if remat is None else remat(layer)
+    if remat not in REMAT:
+        raise EgjaxError(f"no remat policy {remat!r}", remedy=f"one of {', '.join(REMAT)}")
+    return REMAT[remat](layer)
+
+
 def unembed(params: Params, config: LlamaConfig, final: Array) -> Array:
     """Logits float32[..., V] of normed outputs [..., D] of the trunk."""
     if config.tie_embeddings:
-        return _einsum("...d,vd->...v", final, params["embedding"], jnp.float32)
-    return _einsum("...d,dv->...v", final, params["unembedding"], jnp.float32)
+        return einsum("...d,vd->...v", final, params["embedding"], jnp.float32)
+    return einsum("...d,dv->...v", final, params["unembedding"], jnp.float32)
 
 
 def head(params: Params, config: LlamaConfig, final: Array) -> Head:
@@ -224,25 +293,40 @@ def rotate(x: Array, rope: Rope) -> Array:
     return turned.astype(x.dtype)
 
 
-def _visible(segment_ids: Array, key_segments: Array, before: Array | int) -> Array:
-    """bool[B, T, S]: which keys a token sees: earlier ones of its segment, and itself."""
-    queries, keys = segment_ids.shape[1], key_segments.shape[1]
-    causal = jnp.arange(keys)[None] <= before + jnp.arange(queries)[:, None]
-    same = segment_ids[:, :, None] == key_segments[:, None, :]
-    return causal & same & (segment_ids != 0)[:, :, None]
+def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
+    """Logical axes of the residual stream [B, T, D] on a mesh.
 
-
-def _einsum(formula: str, x: Array, weights: Array, dtype=None) -> Array:
-    """Einsum whose sums are float32, rounded once at the end to `dtype` (else that of `x`)."""
-    summed = jnp.einsum(formula, x, weights, preferred_element_type=jnp.float32)
-    return summed.astype(dtype or x.dtype)
+    Weights are split over `data` along D. With more tokens than D it moves less to gather them,
+    and rows are split; with fewer (decoding) the weights stay where they are and the stream is
+    split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102). Between matrices
+    that are split over `model` the stream is split along T, so that what is kept for the backward
+    pass is not kept on each of its devices (Korthikanti et al. 2022, arXiv 2205.05198).
+    """
+    few = tokens.size < config.hidden_size
+    return (None, None, "embed") if few else ("batch", "length", None)
 
 
 def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
-    """A projection, with its bias where the model has one."""
-    y = _einsum(formula, x, weights[name])
+    """A projection, with its bias, its low-rank adapter (`egjax.lm.lora`) and the scale of its
+    eight bits (`egjax.lm.int8`) where there is one."""
+    scale = weights.get(f"{name}_scale")
+    if scale is None:
+        y = einsum(formula, x, weights[name])
+    else:
+        y = (einsum(formula, x, weights[name], jnp.float32) * scale).astype(x.dtype)
     bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
+    if bias is not None:
+        y = y + bias
+    if f"{name}_lora_a" not in weights:
+        return y
+    before, after = formula.split("->")
+    before, matrix = before.split(",")
+    into = "".join(axis for axis in matrix if axis in before)
+    low = einsum(f"{before},{into}r->btr", x, weights[f"{name}_lora_a"])
+    if "lora_rows" in weights:
+        low = low * weights["lora_rows"][:, None, None].astype(low.dtype)
+    out = matrix.replace(into, "")
+    return y + einsum(f"btr,r{out}->{after}", low, weights[f"{name}_lora_b"])
 
 
 def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
@@ -250,37 +334,15 @@ def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array
     query = rotate(_linear(weights, "query", "btd,dhk->bthk", x), rope)
     key = rotate(_linear(weights, "key", "btd,dnk->btnk", x), rope)
     value = _linear(weights, "value", "btd,dnk->btnk", x)
-    return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
-
-
-def _attend(
-    config: LlamaConfig, weights: Params, query: Array, key: Array, value: Array, allowed: Array
-) -> Array:
-    """Grouped-query attention, [B, T, D].
-
-    Args:
-        config: the model.
-        weights: of this layer.
-        query: [B, H, T, K].
-        key, value: [B, N, S, K].
-        allowed: bool[B, T, S].
-    """
-    batch, heads, length, width = query.shape
-    groups = (batch, config.num_kv_heads, config.group * length, width)
-    # The queries of a group lie as rows of one matrix, since they share their keys: on a CPU 1.3
-    # to 2 times the speed of a product with the group as an axis of its own.
-    scores = _einsum("bnqk,bnsk->bnqs", query.reshape(groups), key, jnp.float32)
-    scores = scores.reshape(batch, heads, length, -1) * width**-0.5
-    # Finite, so that a token which sees nothing (padding) gives no NaN.
-    scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = _einsum("bnqs,bnsk->bnqk", shares.reshape(*groups[:3], -1), value)
-    mixed = mixed.reshape(query.shape)
-    return _linear(weights, "output", "bhtk,hkd->btd", mixed)
+    return (
+        constrain(query.swapaxes(1, 2), "batch", "heads", None, None),
+        constrain(key.swapaxes(1, 2), "batch", "kv_heads", None, None),
+        constrain(value.swapaxes(1, 2), "batch", "kv_heads", None, None),
+    )
 
 
 def _mlp(weights: Params, x: Array) -> Array:
     """`down(silu(gate(x)) · up(x))`, [B, T, D]."""
-    gate = _linear(weights, "gate", "btd,dm->btm", x)
-    up = _linear(weights, "up", "btd,dm->btm", x)
+    gate = checkpoint_name(_linear(weights, "gate", "btd,dm->btm", x), "projection")
+    up = checkpoint_name(_linear(weights, "up", "btd,dm->btm", x), "projection")
     return _linear(weights, "down", "btm,md->btd", jax.nn.silu(gate) * up)

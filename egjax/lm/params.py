@@ -18,7 +18,18 @@ from jax.sharding import Mesh
 from egjax.lm.config import LlamaConfig
 from egjax.mesh import sharding
 
-__all__ = ["Params", "Spec", "abstract", "count", "init", "shardings", "table"]
+__all__ = [
+    "Params",
+    "Spec",
+    "abstract",
+    "count",
+    "draw",
+    "init",
+    "num_inputs",
+    "placements",
+    "shardings",
+    "table",
+]
 
 Params = dict[str, Any]
 Initializer = Callable[..., jax.Array]
@@ -116,14 +127,18 @@ def init(key: jax.Array, config: LlamaConfig, mesh: Mesh | None = None) -> Param
         config: the model.
         mesh: where to put them; None for the default device.
     """
-    specs, structure = jax.tree.flatten(table(config))
+    return draw(key, table(config), None if mesh is None else shardings(config, mesh))
+
+
+def draw(key: jax.Array, specs: dict[str, Any], placement: Params | None = None) -> Params:
+    """Initial values of a table of tensors; with shardings, each device makes only its part."""
+    leaves, structure = jax.tree.flatten(specs)
 
     def make(key):
-        keys = jax.random.split(key, len(specs))
-        values = [s.init(k, s.shape, jnp.dtype(s.dtype)) for k, s in zip(keys, specs)]
+        keys = jax.random.split(key, len(leaves))
+        values = [s.init(k, s.shape, jnp.dtype(s.dtype)) for k, s in zip(keys, leaves)]
         return jax.tree.unflatten(structure, values)
 
-    placement = None if mesh is None else shardings(config, mesh)
     return jax.jit(make, out_shardings=placement)(key)
 
 
@@ -134,7 +149,17 @@ def abstract(config: LlamaConfig) -> Params:
 
 def shardings(config: LlamaConfig, mesh: Mesh) -> Params:
     """Placement of the parameters on a mesh: `embed` over `data`, the rest over `model`."""
-    return jax.tree.map(lambda s: sharding(mesh, s.axes, s.shape), table(config))
+    return placements(table(config), mesh)
+
+
+def placements(specs: dict[str, Any], mesh: Mesh) -> Params:
+    """Placement of the tensors of a table on a mesh, by the names of their axes."""
+    return jax.tree.map(lambda s: sharding(mesh, s.axes, s.shape), specs)
+
+
+def num_inputs(spec: Spec) -> int:
+    """How many axes of a layer's matrix are inputs: of those around `embed` either all or one."""
+    return 1 if spec.axes[1] == "embed" else len(spec.axes) - 2
 
 
 def count(config: LlamaConfig) -> int:

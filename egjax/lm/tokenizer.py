@@ -132,6 +132,32 @@ class Tokenizer:
         """Id of `<eos>`."""
         return self.token_id(EOS)
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token adds to a text, by id; empty for special tokens.
+
+        Byte-level vocabularies (GPT-2, Llama 3) and SentencePiece's (Llama 2) are known. The latter
+        drop the space that begins a text, which is kept here.
+
+        Raises:
+            EgjaxError: the vocabulary is of another kind.
+        """
+        fields = json.loads(self._backend.to_str())
+        special = {token["id"] for token in fields["added_tokens"] if token["special"]}
+        added = {token["id"] for token in fields["added_tokens"]}
+        kind = json.dumps(fields["decoder"] or {})
+        if "ByteLevel" in kind:
+            signs = _byte_signs()
+            read = lambda text: bytes(signs[sign] for sign in text)  # noqa: E731
+        elif "ByteFallback" in kind or "\u2581" in kind:
+            read = _sentencepiece_bytes
+        else:
+            raise EgjaxError("neither a byte-level vocabulary nor SentencePiece's")
+        out = [b""] * self.vocab_size
+        for text, token in self._backend.get_vocab(with_added_tokens=True).items():
+            if token not in special:
+                out[token] = text.encode() if token in added else read(text)
+        return out
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no special tokens are added."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -144,3 +170,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _byte_signs() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: printable Latin-1 for
+    itself, the other bytes in order from U+0100 on (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    signs = {chr(byte): byte for byte in printable}
+    return signs | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _sentencepiece_bytes(text: str) -> bytes:
+    """The bytes of a SentencePiece token: `<0x0A>` is a byte, `▁` a space."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("\u2581", " ").encode()

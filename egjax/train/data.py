@@ -1,7 +1,7 @@
 """From lists of tokens to batches of fixed shape, shuffled and resumable.
 
 A table is a pytree of numpy arrays with one leading axis of rows (`TokenBatch`, `PairBatch`).
-`pack` and `pad_pairs` build one, `Shuffled` and `in_order` read it.
+`pack`, `pad_pairs` and `share_prompts` build one, `Shuffled` and `in_order` read it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ __all__ = [
     "Pair",
     "PairBatch",
     "Sample",
+    "SharedPairBatch",
     "Shuffled",
     "TokenBatch",
     "in_order",
     "num_rows",
     "pack",
     "pad_pairs",
+    "share_prompts",
     "split",
 ]
 
@@ -92,6 +94,36 @@ class PairBatch:
 
     chosen: TokenBatch
     rejected: TokenBatch
+    ref_chosen: Array
+    ref_rejected: Array
+    mask: Array
+
+
+@struct.dataclass
+class SharedPairBatch:
+    """Preference pairs whose prompt stands, and is computed, once; leading axis B.
+
+    Rows of T tokens hold prompt, chosen and rejected, one after the other. Both completions see the
+    prompt and themselves; the last token of each is only ever a target.
+
+    Attributes:
+        tokens: int32[B, T], inputs.
+        positions: int32[B, T], from 0 in the prompt; both completions go on from its end.
+        segment_ids: int32[B, T], 1 prompt, 2 chosen, 3 rejected, 0 padding.
+        prefix_ids: int32[B, T], 1 in both completions: what they see beside themselves; else 0.
+        sources: int32[B, 2, C], where in the row each token of chosen, rejected is predicted.
+        targets: int32[B, 2, C], those tokens.
+        target_mask: bool[B, 2, C], True for a real one.
+        ref_chosen, ref_rejected, mask: see `PairBatch`.
+    """
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    prefix_ids: Array
+    sources: Array
+    targets: Array
+    target_mask: Array
     ref_chosen: Array
     ref_rejected: Array
     mask: Array
@@ -204,6 +236,63 @@ def pad_pairs(pairs: Sequence[Pair], length: int) -> PairBatch:
             _place(table, row, 0, 1, sample)
     zeros = np.zeros(len(pairs), np.float32)
     return PairBatch(chosen, rejected, zeros, zeros.copy(), np.ones(len(pairs), np.bool_))
+
+
+def share_prompts(pairs: Sequence[Pair], *, multiple: int = 16) -> SharedPairBatch:
+    """One row per pair, as long as the longest needs.
+
+    Args:
+        pairs: prompt and completions of at least one token each.
+        multiple: T and C are rounded up to one of these.
+
+    Raises:
+        EgjaxError: no pairs, or an empty prompt or completion.
+    """
+    if not pairs:
+        raise EgjaxError("there is no preference pair to train on")
+    for index, pair in enumerate(pairs):
+        if not (len(pair.prompt) and len(pair.chosen) and len(pair.rejected)):
+            raise EgjaxError("prompt or completion has no token", where=f"sample {index}")
+
+    def room(longest: int) -> int:
+        return -(-longest // multiple) * multiple
+
+    length = room(max(len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs))
+    longest = room(max(max(len(p.chosen), len(p.rejected)) for p in pairs))
+    rows = np.zeros((4, len(pairs), length), np.int32)
+    tokens, positions, segments, prefixes = rows
+    sources, targets = np.zeros((2, len(pairs), 2, longest), np.int32)
+    target_mask = np.zeros((len(pairs), 2, longest), np.bool_)
+    for row, pair in enumerate(pairs):
+        asked = len(pair.prompt)
+        start = 0
+        for segment, part in ((1, pair.prompt), (2, pair.chosen[:-1]), (3, pair.rejected[:-1])):
+            span = slice(start, start + len(part))
+            tokens[row, span] = part
+            segments[row, span] = segment
+            positions[row, span] = np.arange(len(part)) + (asked if segment > 1 else 0)
+            prefixes[row, span] = segment > 1
+            start += len(part)
+        start = asked
+        for side, completion in enumerate((pair.chosen, pair.rejected)):
+            count = len(completion)
+            sources[row, side, :count] = [asked - 1, *range(start, start + count - 1)]
+            targets[row, side, :count] = completion
+            target_mask[row, side, :count] = True
+            start += count - 1
+    zeros = np.zeros(len(pairs), np.float32)
+    return SharedPairBatch(
+        tokens=tokens,
+        positions=positions,
+        segment_ids=segments,
+        prefix_ids=prefixes,
+        sources=sources,
+        targets=targets,
+        target_mask=target_mask,
+        ref_chosen=zeros,
+        ref_rejected=zeros.copy(),
+        mask=np.ones(len(pairs), np.bool_),
+    )
 
 
 def num_rows(table: Any) -> int:

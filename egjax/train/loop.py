@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
-from egjax.errors import EgjaxError, require
+from egjax.errors import NotFiniteError, require
 from egjax.train.checkpoint import check_shapes, unreadable, writing
 from egjax.train.progress import progress
 from egjax.train.step import TrainState
 
-__all__ = ["Batches", "FitResult", "fit"]
+__all__ = ["Batches", "FitResult", "Work", "fit"]
 
 _STATE, _DATA = "state", "data"
 
@@ -33,6 +35,18 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes there."""
         ...
+
+
+class Work(NamedTuple):
+    """What there is to do in a step; sums over steps are sums of these.
+
+    Attributes:
+        tokens: read by the model, padding left out.
+        flops: floating-point operations by formula, see `egjax.train.flops`.
+    """
+
+    tokens: float
+    flops: float
 
 
 class FitResult(NamedTuple):
@@ -63,6 +77,8 @@ def fit(
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     stop: Any = False,
     title: str = "train",
+    work: Callable[[Any], Work] | None = None,
+    peak: float | None = None,
 ) -> FitResult:
     """Trains to `num_steps`, from the latest checkpoint in `directory` if there is one.
 
@@ -74,34 +90,46 @@ def fit(
         step: see `egjax.train.step.make_train_step`.
         batches: read once a step.
         num_steps: steps of the whole run, those of earlier sittings included.
-        key: of the whole run; the step folds its number in.
+        key: of the whole run; the step folds its number in. It is kept with the checkpoints, and
+            a resumed run goes on with the one that it began with.
         frozen: passed on to `step`.
         directory: for checkpoints (`directory/checkpoints`) and `directory/metrics.jsonl`; None
             keeps nothing.
-        save_every: steps between checkpoints; the two latest are kept.
+        save_every: steps between checkpoints; the two latest are kept. They are written while
+            training goes on, so one is whole a little later than its step.
         log_every: steps between two lines of metrics; the host waits for the device then only.
         on_log: called with the step and its metrics at those times.
         stop: its truth is looked at after every step; once true, the state is saved and the run
             left, see `egjax.train.signals.stop_on_signals`.
         title: for the progress display.
+        work: of a batch; adds `tokens_per_second` to the log, and with `peak` `mfu`, the share of
+            the peak that the formula's operations take (model FLOPs utilisation, Chowdhery et al.
+            2022, arXiv 2204.02311, appendix B).
+        peak: FLOP/s of all devices together; None where it is not known.
 
     Returns:
         See `FitResult`.
 
     Raises:
-        EgjaxError: a checkpoint that cannot be read or is of another model, a full disk, or a loss
-            that is not finite; what was saved before stays.
+        NotFiniteError: loss or gradient is NaN or Inf; names the step, before which the state was
+            saved as the latest checkpoint.
+        EgjaxError: a checkpoint that cannot be read or is of another model, or a full disk; what
+            was saved before stays.
     """
     store = None if directory is None else _Store(Path(directory).absolute())
+    trail: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # where the data were before a step
     try:
         if store is not None:
-            state = store.restore(state, batches)
+            state, key = store.restore(state, batches, key)
         done, metrics = int(state.step), {}
         with progress(title, num_steps, done) as update:
-            logged, stopping = (time.monotonic(), done), bool(stop)
+            meter, stopping = _Meter(done, work, peak), bool(stop)
             pending: dict[str, jax.Array] = {}
             while done < num_steps and not stopping:
-                state, device_metrics = step(state, next(batches), key, frozen)
+                trail.append((done, batches.get_state()))
+                batch = next(batches)
+                meter.add(batch)
+                state, device_metrics = step(state, batch, key, frozen)
                 # The step before this one is checked while the device works on this one.
                 _check_finite(pending, done, title)
                 pending, done = device_metrics, done + 1
@@ -112,30 +140,63 @@ def fit(
                 if saving or at_end or done % log_every == 0:
                     _check_finite(pending, done, title)
                     metrics = {name: float(x) for name, x in jax.device_get(pending).items()}
-                    now = time.monotonic()
-                    rate = (done - logged[1]) / max(now - logged[0], 1e-9)
-                    logged = (now, done)
-                    on_log(done, metrics)
+                    rates = meter.read(done)
+                    on_log(done, metrics | rates)
                     if store is not None:
-                        store.log({"step": done, **metrics, "steps_per_second": rate})
+                        store.log({"step": done, **metrics, **rates})
                 if saving and store is not None:
-                    store.save(done, state, batches)
+                    store.save(done, state, batches.get_state(), key)
                 update(done, f"loss {metrics['loss']:.4f}" if metrics else "")
         return FitResult(state, metrics, finished=done >= num_steps)
+    except NotFiniteError:
+        good = -1 - int(state.step)
+        if store is not None and good >= 0:
+            store.save_last(good, _at_step(state, good), dict(trail)[good], key)
+        raise
     finally:
         if store is not None:
             store.close()
+
+
+class _Meter:
+    """Rates between two lines of the log."""
+
+    def __init__(self, done: int, work: Callable[[Any], Work] | None, peak: float | None):
+        self._work, self._peak = work, peak
+        self._since, self._sum = (time.monotonic(), done), Work(0.0, 0.0)
+
+    def add(self, batch: Any) -> None:
+        if self._work is not None:
+            one = self._work(batch)
+            self._sum = Work(self._sum.tokens + one.tokens, self._sum.flops + one.flops)
+
+    def read(self, done: int) -> dict[str, float]:
+        """Rates since the last reading."""
+        now = time.monotonic()
+        seconds = max(now - self._since[0], 1e-9)
+        rates = {"steps_per_second": (done - self._since[1]) / seconds}
+        if self._work is not None:
+            rates["tokens_per_second"] = self._sum.tokens / seconds
+            if self._peak is not None:
+                rates["mfu"] = self._sum.flops / seconds / self._peak
+        self._since, self._sum = (now, done), Work(0.0, 0.0)
+        return rates
 
 
 def _check_finite(metrics: dict[str, jax.Array], step: int, title: str) -> None:
     for name in ("loss", "grad_norm"):
         value = float(metrics.get(name, 0.0))
         if not math.isfinite(value):
-            raise EgjaxError(
+            raise NotFiniteError(
                 f"{name} is {value} at step {step}",
                 where=title,
-                remedy="the last checkpoint is good; lower the learning rate",
+                remedy=f"the state of step {step - 1} is kept; lower the learning rate or look "
+                "for broken weights and data",
             )
+
+
+def _at_step(state: TrainState, step: int) -> TrainState:
+    return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
 
 
 class _Store:
@@ -151,11 +212,13 @@ class _Store:
                 options=self._ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
             )
 
-    def restore(self, state: TrainState, batches: Batches) -> TrainState:
+    def restore(
+        self, state: TrainState, batches: Batches, key: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
         latest = self._manager.latest_step()
         self._trim_metrics(latest or 0)
         if latest is None:
-            return state
+            return state, key
         args = self._ocp.args
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -170,8 +233,13 @@ class _Store:
         except Exception as error:  # Orbax and its storage raise all sorts for a damaged folder
             raise unreadable(self._directory, error) from error
         check_shapes(restored[_STATE], like, self._directory)
-        batches.set_state(restored[_DATA])
-        return restored[_STATE]
+        try:
+            note = restored[_DATA]
+            batches.set_state(note["batches"])
+            data = np.asarray(note["key"], np.uint32)
+        except (KeyError, TypeError) as error:
+            raise unreadable(self._directory, error) from error
+        return restored[_STATE], jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
     def _trim_metrics(self, latest: int) -> None:
         """Drops the lines of steps that will be run again."""
@@ -185,18 +253,25 @@ class _Store:
         with writing(self._metrics), self._metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, step: int, state: TrainState, batches: Batches) -> None:
+    def save(self, step: int, state: TrainState, where: dict[str, Any], key: jax.Array) -> None:
+        """Begins to write a checkpoint, after the one before is whole."""
         args = self._ocp.args
+        note = {"batches": where, "key": jax.random.key_data(key).tolist()}
         with writing(self._directory):
             self._manager.save(
                 step,
                 args=args.Composite(
                     **{
                         _STATE: args.StandardSave(state),
-                        _DATA: args.JsonSave(batches.get_state()),
+                        _DATA: args.JsonSave(note),
                     }
                 ),
             )
+
+    def save_last(self, step: int, *what: Any) -> None:
+        """Saves a step that is no longer the latest one, unless it was saved."""
+        if self._manager.latest_step() != step:
+            self.save(step, *what)
 
     def close(self) -> None:
         with writing(self._directory):

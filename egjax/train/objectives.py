@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from egjax.losses import (
     Head,
@@ -33,7 +35,8 @@ from egjax.losses import (
     sft,
     token_logps,
 )
-from egjax.train.data import PairBatch, TokenBatch
+from egjax.mesh import mesh_in_use
+from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn
 
 __all__ = [
@@ -50,9 +53,14 @@ __all__ = [
 Array = jax.Array
 Params = Any
 
+TOKENS_A_DEVICE = 512
+"""Tokens whose logits a row of devices forms at once on a mesh: enough that reading the
+unembedding from memory takes less time than multiplying with it."""
+
 # (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V] or a
-# head with hidden states [B, T, D].
-Apply = Callable[[Params, Array, Array, Array], Any]
+# head with hidden states [B, T, D]. For `SharedPairBatch` it is given prefix_ids as well.
+Apply = Callable[..., Any]
+Pairs = PairBatch | SharedPairBatch
 
 
 class Frozen(NamedTuple):
@@ -61,6 +69,13 @@ class Frozen(NamedTuple):
     large: Params
     expert: Params
     anti_expert: Params
+
+
+class _Completions(NamedTuple):
+    """Targets and mask [2B, C] of chosen completions, then of rejected ones."""
+
+    targets: Array
+    mask: Array
 
 
 class PairLogps(NamedTuple):
@@ -77,16 +92,75 @@ class PairLogps(NamedTuple):
 PreferenceLoss = Callable[[PairLogps], tuple[Array, Metrics]]
 
 
-def _outputs(apply: Apply, params: Params, batch: TokenBatch) -> Any:
+def _outputs(apply: Apply, params: Params, batch: TokenBatch | SharedPairBatch) -> Any:
     """Logits or a head, whichever the model gives."""
     return apply(params, batch.tokens, batch.positions, batch.segment_ids)
 
 
+def _by_device(chunked: Callable[..., Any], student: Head, others: Any, whole: Any) -> Any:
+    """A loss in chunks on the mesh in use: each row of devices works on its own tokens.
+
+    So each unembedding is gathered once, and its gradient summed once over the devices; left to
+    the compiler both would happen in every chunk.
+
+    Args:
+        chunked: `(student, others, whole, **sizes) -> arrays`, one value per row or token.
+        student: hidden states [B, ...] and their unembedding.
+        others: pytree of teachers and arrays [B, ...].
+        whole: pytree of arrays that every device has whole.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return chunked(student, others, whole)
+    shards = mesh.shape["model"]
+    sizes = {
+        "tokens": TOKENS_A_DEVICE,
+        "vocab_shards": 1 if student.vocabulary % shards else shards,
+    }
+    if mesh.shape["data"] == 1:
+        return chunked(student, others, whole, **sizes)
+    split = PartitionSpec("data")
+
+    def place(x: Any) -> Any:
+        if hasattr(x, "pick"):
+            return jax.tree.map(lambda _: PartitionSpec(), x).pick(lambda _: split)
+        return split
+
+    return jax.shard_map(
+        partial(chunked, **sizes),
+        in_specs=(
+            place(student),
+            jax.tree.map(place, others, is_leaf=lambda x: hasattr(x, "pick")),
+            jax.tree.map(lambda _: PartitionSpec(), whole),
+        ),
+        out_specs=split,
+        axis_names={"data"},
+        check_vma=False,
+    )(student, others, whole)
+
+
+def _weighted_sum(
+    student: Head, teacher: Any, weights: Array, terms: Terms, vocab_mask: Array | None
+) -> tuple[Array, Array]:
+    """`chunked_loss` on the mesh in use: the sum, and the losses of the tokens."""
+
+    def chunked(student: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
+        total, losses = chunked_loss(student, *others, terms=terms, vocab_mask=mask, **sizes)
+        return total[None], losses
+
+    totals, losses = _by_device(chunked, student, (teacher, weights), vocab_mask)
+    return totals.sum(), losses
+
+
 def _sequence_logps(
-    outputs: Any, rows: TokenBatch, vocab_mask: Array | None
+    outputs: Any, rows: TokenBatch | _Completions, vocab_mask: Array | None
 ) -> tuple[Array, Array]:
     if isinstance(outputs, Head):
-        return chunked_sequence_logps(outputs, rows.targets, rows.mask, vocab_mask=vocab_mask)
+
+        def chunked(outputs: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
+            return chunked_sequence_logps(outputs, *others, vocab_mask=mask, **sizes)
+
+        return _by_device(chunked, outputs, (rows.targets, rows.mask), vocab_mask)
     return sequence_logps(outputs, rows.targets, rows.mask, vocab_mask)
 
 
@@ -111,12 +185,8 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
         count = batch.mask.sum()
         if isinstance(logits, Head):
             weights = jnp.where(batch.mask, batch.weights, 0.0)
-            total, nll = chunked_loss(
-                logits,
-                Targets(batch.targets),
-                weights,
-                terms=forward_kl_terms,
-                vocab_mask=vocab_mask,
+            total, nll = _weighted_sum(
+                logits, Targets(batch.targets), weights, forward_kl_terms, vocab_mask
             )
             return total, count, {"nll": (_masked_sum(nll, batch.mask), count)}
         nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
@@ -172,7 +242,7 @@ def distill_to_ratio(
         if isinstance(logits, Head):
             weights = jnp.where(batch.mask, batch.weights, 0.0)
             teacher = Ratio(*models, alpha=alpha, clip=clip, plausible=plausible)
-            total, _ = chunked_loss(logits, teacher, weights, terms=terms, vocab_mask=vocab_mask)
+            total, _ = _weighted_sum(logits, teacher, weights, terms, vocab_mask)
             return total, batch.mask.sum(), {}
         teacher = behaviour_ratio(
             *models, alpha=alpha, clip=clip, plausible=plausible, vocab_mask=vocab_mask
@@ -192,9 +262,34 @@ def distill_to_ratio(
     return loss_fn
 
 
-def _both(batch: PairBatch) -> TokenBatch:
-    """Chosen and rejected rows as one batch, for one pass of the model."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+def _both(batch: Pairs) -> TokenBatch | _Completions:
+    """Chosen and rejected rows as one batch."""
+    if isinstance(batch, PairBatch):
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    return _Completions(_sides_first(batch.targets), _sides_first(batch.target_mask))
+
+
+def _sides_first(x: Array) -> Array:
+    """[B, 2, C, ...] -> [2B, C, ...]."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _pair_outputs(apply: Apply, params: Params, batch: Pairs) -> Any:
+    """Logits or head of the rows of `_both`, from one pass of the model.
+
+    Of a shared prompt only the position before the completions gets logits.
+    """
+    if isinstance(batch, PairBatch):
+        rows: Any = _both(batch)
+        return _outputs(apply, params, rows)
+    outputs = _outputs(partial(apply, prefix_ids=batch.prefix_ids), params, batch)
+
+    def predicting(x: Array) -> Array:
+        index = batch.sources.reshape(batch.sources.shape[0], -1, 1)
+        taken = jnp.take_along_axis(x, index, axis=1)
+        return _sides_first(taken.reshape(*batch.sources.shape, -1))
+
+    return outputs.pick(predicting) if isinstance(outputs, Head) else predicting(outputs)
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -214,12 +309,13 @@ def preference(apply: Apply, loss: PreferenceLoss, *, vocab_mask: Array | None =
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        Loss over `PairBatch`, per pair; metrics as in `egjax.losses.Metrics`.
+        Loss over `PairBatch` or `SharedPairBatch`, per pair; metrics as in
+        `egjax.losses.Metrics`.
     """
 
-    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Any):
+    def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Any):
         rows = _both(batch)
-        logps, lengths = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
+        logps, lengths = _sequence_logps(_pair_outputs(apply, params, batch), rows, vocab_mask)
         losses, metrics = loss(
             PairLogps(*_halves(logps), *_halves(lengths), batch.ref_chosen, batch.ref_rejected)
         )
@@ -249,22 +345,22 @@ def preference_with_initial(
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        Loss over `PairBatch`, per pair, whose step takes the parameters of π₀ as `frozen`;
-        metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
+        Loss over `PairBatch` or `SharedPairBatch`, per pair, whose step takes the parameters of π₀
+        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
     """
 
-    def loss_fn(params: Params, batch: PairBatch, key: Array, frozen: Params):
+    def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Params):
         rows = _both(batch)
-        initial = _outputs(apply, frozen, rows)
-        logits = _outputs(apply, params, rows)
+        initial = _pair_outputs(apply, frozen, batch)
+        logits = _pair_outputs(apply, params, batch)
         ref_logps, _ = _sequence_logps(initial, rows, vocab_mask)
         logps, lengths = _sequence_logps(logits, rows, vocab_mask)
         losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
         count = batch.mask.sum()
         if isinstance(logits, Head):
             counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
-            penalty, kls = chunked_loss(
-                logits, initial, kl_weight / 2 * counted, vocab_mask=vocab_mask
+            penalty, kls = _weighted_sum(
+                logits, initial, kl_weight / 2 * counted, reverse_kl_terms, vocab_mask
             )
             metrics = _pair_metrics(metrics, batch.mask) | {
                 "kl": (_masked_sum(kls, counted) / 2, count)
@@ -287,7 +383,7 @@ def preference_with_initial(
 
 def reference_logps(
     apply: Apply, *, vocab_mask: Array | None = None
-) -> Callable[[Params, PairBatch], PairBatch]:
+) -> Callable[[Params, Pairs], Pairs]:
     """Builds a jitted function that fills in a batch's reference log-probabilities.
 
     Args:
@@ -299,9 +395,9 @@ def reference_logps(
     """
 
     @jax.jit
-    def fill(params: Params, batch: PairBatch) -> PairBatch:
+    def fill(params: Params, batch: Pairs) -> Pairs:
         rows = _both(batch)
-        logps, _ = _sequence_logps(_outputs(apply, params, rows), rows, vocab_mask)
+        logps, _ = _sequence_logps(_pair_outputs(apply, params, batch), rows, vocab_mask)
         chosen, rejected = _halves(logps)
         return dataclasses.replace(batch, ref_chosen=chosen, ref_rejected=rejected)
 

@@ -26,7 +26,8 @@ class TrainState:
     """What a run needs to go on, beside its data and its key.
 
     Attributes:
-        step: int32[], optimiser steps done.
+        step: int32[], optimiser steps done. After a step that was not finite it is −1 − n: the
+            rest is what it was after step n, and stays so.
         params: pytree of arrays.
         opt_state: state of the optax transformation.
     """
@@ -92,13 +93,16 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles `step(state, batch, key, frozen) -> (state, metrics)`; `state` is consumed.
 
     The gradient is that of the sum of the loss over the sum of its counts, over the whole batch,
     however many micro-batches it is computed in. Step n of a run uses `fold_in(key, n)`, so that
     a run needs one key and resumes with it.
+
+    A step whose loss or gradient is NaN or Inf changes nothing but the sign of `state.step` (see
+    `TrainState`), nor do those after it: the last good state is not lost before the host looks.
 
     Args:
         loss_fn: see `LossFn`. What it needs beside `params` comes in `frozen`: arrays in a closure
@@ -138,8 +142,6 @@ def make_train_step(
     def step(
         state: TrainState, batch: Any, key: Array, frozen: Any = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        if batch_sharding is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
         key = jax.random.fold_in(key, state.step)
         run = gradient if accumulate == 1 else accumulated
         grads, totals = run(state.params, batch, key, frozen)
@@ -153,7 +155,21 @@ def make_train_step(
             "param_norm": optax.global_norm(params),
             "update_norm": optax.global_norm(updates),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & (state.step >= 0)
+        done = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        kept = state.replace(step=jnp.where(state.step < 0, state.step, -1 - state.step))
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), done, kept), metrics
+
+    def placed(
+        state: TrainState, batch: Any, key: Array, frozen: Any = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if batch_sharding is None:
+            return step(state, batch, key, frozen)
+        # The model pins its activations on the mesh in use.
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            return step(state, batch, key, frozen)
 
     out = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return jax.jit(placed, donate_argnums=0, out_shardings=out)

@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.lm.config import LlamaConfig, RopeScaling, large_config, small_config
+from egjax.lm.config import (
+    PRESETS,
+    LlamaConfig,
+    RopeScaling,
+    large_config,
+    preset,
+    small_config,
+)
 from egjax.lm.params import count
 
 OLD = {
@@ -67,6 +74,86 @@ def test_what_is_not_supported_is_refused():
         LlamaConfig.from_hf(
             {k: v for k, v in OLD.items() if k != "vocab_size"}, where="config.json"
         )
+
+
+def test_fields_that_might_change_the_model_are_refused():
+    unknown = {
+        "attention_dropout": 0.1,
+        "sliding_window": 4096,
+        "logits_scaling": 8.0,
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"},
+    }
+    for field, value in unknown.items():
+        with pytest.raises(EgjaxError, match=f"config.json: field '{field}' = .* not known"):
+            LlamaConfig.from_hf({**OLD, field: value}, where="config.json")
+    with pytest.raises(EgjaxError, match="quantised"):
+        LlamaConfig.from_hf({**OLD, "quantization_config": {"quant_method": "gptq"}})
+    scaling = OLD["rope_scaling"]
+    with pytest.raises(EgjaxError, match=r"'attention_factor' = 1\.2"):
+        LlamaConfig.from_hf({**OLD, "rope_scaling": {**scaling, "attention_factor": 1.2}})
+    with pytest.raises(EgjaxError, match=r"'factor' = 2\.0"):
+        LlamaConfig.from_hf({**OLD, "rope_scaling": {"rope_type": "default", "factor": 2.0}})
+    # What is empty or says nothing of the computation is let through.
+    harmless = {
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+        "use_cache": True,
+        "pretraining_tp": 2,
+        "initializer_range": 0.02,
+        "architectures": ["LlamaForCausalLM"],
+        "transformers_version": "4.31.0",
+    }
+    assert LlamaConfig.from_hf({**OLD, **harmless}) == LlamaConfig.from_hf(OLD)
+
+
+def test_what_transformers_itself_writes_is_read():
+    transformers = pytest.importorskip("transformers")
+    fields = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rope_parameters={**OLD["rope_scaling"], "rope_type": "llama3", "rope_theta": 500000.0},
+        dtype="bfloat16",
+        eos_token_id=[5, 6],
+    ).to_dict()
+    ours = dataclasses.replace(LlamaConfig.from_hf(OLD), bos_id=1)
+    assert LlamaConfig.from_hf({**fields, "dtype": "bfloat16"}) == ours
+
+
+# Numbers of parameters as the models' cards give them, and their config.json in excerpts.
+PUBLISHED = {
+    "tinyllama-1.1b": (1_100_048_384, {"num_key_value_heads": 4, "max_position_embeddings": 2048}),
+    "llama-2-7b": (6_738_415_616, {"num_key_value_heads": 32, "intermediate_size": 11008}),
+    "llama-2-13b": (13_015_864_320, {"num_hidden_layers": 40, "vocab_size": 32000}),
+    "llama-2-70b": (68_976_648_192, {"num_key_value_heads": 8, "rope_scaling": None}),
+    "llama-3-8b": (8_030_261_248, {"rope_theta": 500000.0, "max_position_embeddings": 8192}),
+    "llama-3-70b": (70_553_706_496, {"bos_token_id": 128000, "eos_token_id": 128001}),
+    "llama-3.1-8b": (8_030_261_248, {"max_position_embeddings": 131072}),
+    "llama-3.1-70b": (70_553_706_496, {"hidden_size": 8192, "tie_word_embeddings": False}),
+    "llama-3.1-405b": (405_853_388_800, {"num_key_value_heads": 8, "num_hidden_layers": 126}),
+    "llama-3.2-1b": (1_235_814_400, {"head_dim": 64, "tie_word_embeddings": True}),
+    "llama-3.2-3b": (3_212_749_824, {"head_dim": 128, "num_attention_heads": 24}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_by_name_are_those_that_were_published(name):
+    config = preset(name.upper())
+    parameters, fields = PUBLISHED[name]
+    assert count(config) == parameters
+    written = config.to_hf()
+    assert {field: written[field] for field in fields} == fields
+    assert LlamaConfig.from_hf(written) == config
+
+
+def test_scaling_by_name_and_unknown_names():
+    assert set(PRESETS) == set(PUBLISHED)
+    assert preset("llama-3.1-8b").rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert preset("llama-3.2-3b").rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    with pytest.raises(EgjaxError, match="no model 'llama-4'"):
+        preset("llama-4")
 
 
 def test_presets_have_the_sizes_they_claim():

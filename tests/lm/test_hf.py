@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import tracemalloc
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.model import forward
+from egjax.lm.params import abstract, count
 
 
 @pytest.fixture
@@ -52,6 +56,67 @@ def test_sharded_files_are_read_through_their_index(folder, params):
         hf.load(folder)
 
 
+def test_large_models_become_several_files(config, params, tmp_path):
+    hf.save(tmp_path, config, params)
+    hf.save(tmp_path, config, params, shard_bytes=20_000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    count = len(names) - 2
+    assert count > 2
+    assert names[:2] == ["config.json", f"model-00001-of-{count:05d}.safetensors"]
+    assert names[-1] == "model.safetensors.index.json"  # the single file of before is gone
+    index = json.loads((tmp_path / names[-1]).read_text())
+    sizes = {name: 0 for name in names[1:-1]}
+    for name in sizes:
+        for key, value in load_file(tmp_path / name).items():
+            assert index["weight_map"][key] == name
+            sizes[name] += value.nbytes
+    assert max(sizes.values()) <= 20_000
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    same(hf.load(tmp_path)[1], params)
+    hf.save(tmp_path, config, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_round_trip_in_bfloat16_keeps_every_bit(config, make_params, tmp_path):
+    config = dataclasses.replace(config, dtype="bfloat16")
+    params = make_params(config)
+    params["embedding"] = params["embedding"].at[0, 0].set(-0.0)
+    hf.save(tmp_path / "a", config, params, shard_bytes=10_000)
+    _, loaded = hf.load(tmp_path / "a")
+    bits = lambda tree: jax.tree.map(lambda x: np.asarray(x).view(np.uint16), tree)  # noqa: E731
+    same(bits(loaded), bits(params))
+    hf.save(tmp_path / "b", config, loaded, shard_bytes=10_000)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_host_never_holds_more_than_one_matrix_of_a_layer(config, tmp_path):
+    """Python's allocations, in which JAX's own arrays (what stays) do not count."""
+    config = dataclasses.replace(
+        config, hidden_size=256, intermediate_size=768, num_layers=6, vocab_size=1024
+    )
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), abstract(config))
+    largest = 256 * 1024 * 4
+    total = 4 * count(config)
+    assert total > 15 * largest
+
+    def peak(function):
+        tracemalloc.start()
+        try:
+            function()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    hf.save(tmp_path, config, params, shard_bytes=2 * largest)
+    hf.load(tmp_path)
+    # Again: what was compiled then would count now.
+    assert peak(lambda: hf.save(tmp_path, config, params, shard_bytes=2 * largest)) < 3 * largest
+    assert peak(lambda: hf.load(tmp_path)) < 3 * largest
+
+
 def test_a_padded_vocabulary_is_cut(folder, config, params, tokens):
     cut_config, cut = hf.load(folder, vocab_size=37)
     assert cut_config.vocab_size == 37
@@ -62,7 +127,9 @@ def test_a_padded_vocabulary_is_cut(folder, config, params, tokens):
 
 
 def test_dtype_may_be_chosen(folder):
-    config, params = hf.load(folder, dtype="bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, params = hf.load(folder, dtype="bfloat16")
     assert config.dtype == "bfloat16"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
@@ -77,12 +144,37 @@ def test_missing_and_broken_files_are_named(folder):
     save_file({k: v for k, v in tensors.items() if k != name}, weights)
     with pytest.raises(EgjaxError, match=f"{name} is missing"):
         hf.load(folder)
+    for value in (np.nan, np.inf):
+        broken = tensors[name].copy()
+        broken[3, 7] = value
+        save_file({**tensors, name: broken}, weights)
+        with pytest.raises(EgjaxError, match=rf"safetensors: tensor {name} holds NaN or inf"):
+            hf.load(folder)
+    save_file({**tensors, name: tensors[name].astype(np.int8)}, weights)
+    with pytest.raises(EgjaxError, match=f"{name} is of type I8 .quantised"):
+        hf.load(folder)
+    save_file(tensors, weights)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(EgjaxError, match=r"model\.safetensors: cannot be read"):
+        hf.load(folder)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(EgjaxError, match=r"model\.safetensors: cannot be read"):
         hf.load(folder)
     weights.unlink()
     with pytest.raises(EgjaxError, match=r"model\.safetensors: file is missing"):
         hf.load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(EgjaxError, match=r"pytorch_model\.bin is a pickle and never read"):
+        hf.load(folder)
+    index = folder / "model.safetensors.index.json"
+    for file in ("../model.safetensors", "pytorch_model.bin"):
+        index.write_text(json.dumps({"weight_map": {name: file}}))
+        with pytest.raises(EgjaxError, match="no safetensors file of this folder"):
+            hf.load(folder)
+    index.write_text("{}")
+    with pytest.raises(EgjaxError, match="has no weight_map"):
+        hf.load(folder)
+    index.unlink()
     (folder / "config.json").write_text("{")
     with pytest.raises(EgjaxError, match=r"config\.json: not JSON"):
         hf.load(folder)
@@ -97,11 +189,11 @@ def test_missing_and_broken_files_are_named(folder):
 def test_a_failed_save_leaves_the_old_files(folder, config, params, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
-    def full(tensors, path, metadata):
+    def full(path, entries, value):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr(hf, "write", full)
     with pytest.raises(EgjaxError, match="No space left"):
         hf.save(folder, config, jax.tree.map(lambda x: x + 1, params))
     assert (folder / "model.safetensors").read_bytes() == before

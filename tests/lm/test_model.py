@@ -8,8 +8,8 @@ import pytest
 
 from egjax.lm import hf
 from egjax.lm.cache import empty
+from egjax.lm.model import REMAT, head, rms_norm, rope_angles, rotate, trunk, unembed
 from egjax.lm.model import forward as eager_forward
-from egjax.lm.model import head, rms_norm, rope_angles, rotate, trunk, unembed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_llama"
 forward = jax.jit(eager_forward, static_argnames=("config", "return_hidden", "remat"))
@@ -167,6 +167,23 @@ def test_rematerialised_gradients_are_the_same_and_finite_at_padding(config, par
         close(a, b, 1e-4)
         assert np.isfinite(a).all()
         assert np.abs(a).max() > 0
+
+
+def test_policies_trade_memory_for_recomputation(config, params):
+    config = dataclasses.replace(config, max_seq_len=256)
+    tokens = jax.random.randint(jax.random.key(3), (2, 256), 3, config.vocab_size)
+
+    def loss(params, tokens, remat):
+        return jax.nn.log_softmax(forward(params, config, tokens, remat=remat))[..., 3].mean()
+
+    grad = jax.jit(jax.grad(loss), static_argnums=2)
+    compiled = {name: grad.lower(params, tokens, name).compile() for name in REMAT}
+    memory = {n: c.memory_analysis().temp_size_in_bytes for n, c in compiled.items()}
+    assert memory["none"] > 2 * memory["selective"]  # the scores [H, T, T] of each layer
+    assert memory["selective"] > memory["attention"] > memory["full"]
+    expected = compiled["none"](params, tokens)
+    for step in compiled.values():
+        jax.tree.map(lambda a, b: close(a, b, 1e-4), step(params, tokens), expected)
 
 
 def test_half_precision_stays_near_and_gives_float32_logits(config, params, tokens):

@@ -1,0 +1,140 @@
+"""How a training step lies on a machine: mesh, recomputation, chunks, precision.
+
+`experiments.training` runs what is built here, and `egjax.capacity` compiles the same for machines
+that are not at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from egjax.lm.config import LlamaConfig
+from egjax.lm.model import head, trunk, unembed
+from egjax.lm.params import Params, abstract, shardings
+from egjax.mesh import batch_sharding
+from egjax.train.objectives import Apply
+from egjax.train.step import LossFn, TrainState, init_state, make_train_step, state_shardings
+
+__all__ = ["Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a step trades between memory, arithmetic and communication. Hashable.
+
+    The defaults suit models that are small beside their machine.
+
+    Attributes:
+        model: devices that share each matrix (tensor parallelism); the others split the batch and
+            the rest of every array.
+        remat: keep each layer's input alone for the backward pass and compute the layer again.
+        chunked: losses from hidden states in chunks; metrics that need all logits are left out.
+        master: type of the trained weights and of the optimiser's moments, e.g. `"float32"` for a
+            model that computes in bfloat16; None for the model's own.
+        accumulate: micro-batches a step.
+        attention: form of attention, see `egjax.lm.attention`; `"auto"` goes by the platform.
+    """
+
+    model: int = 1
+    remat: bool = False
+    chunked: bool = False
+    master: str | None = None
+    accumulate: int = 1
+    attention: str = "auto"
+
+
+class PlacedStep(NamedTuple):
+    """A step and where its arguments lie.
+
+    Attributes:
+        step: see `egjax.train.step.make_train_step`.
+        state: shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`).
+        shardings: the shardings alone.
+        batch: sharding of every array of a batch.
+    """
+
+    step: Any
+    state: TrainState
+    shardings: TrainState
+    batch: NamedSharding
+
+
+@cache
+def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
+    """The model as objectives take it; the same function for the same arguments.
+
+    Weights of another float type are rounded to the model's, gradients come back in their own.
+    """
+    remat = jax.checkpoint if layout.remat else None
+
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        prefix_ids: jax.Array | None = None,
+    ):
+        params = cast(params, config.dtype)
+        final = trunk(
+            params,
+            config,
+            tokens,
+            positions,
+            segment_ids,
+            remat=remat,
+            prefix_ids=prefix_ids,
+            attention=layout.attention,
+        ).final
+        return (head if layout.chunked else unembed)(params, config, final)
+
+    return apply
+
+
+def masters(params: Params, layout: Layout) -> Params:
+    """The weights as they are trained: in the type of `layout.master`."""
+    return params if layout.master is None else cast(params, layout.master)
+
+
+def placed_step(
+    loss: LossFn,
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    layout: Layout,
+) -> PlacedStep:
+    """Builds the training step of a model on a mesh; nothing is computed or allotted.
+
+    Args:
+        loss: objective, of a model that `applied` gave.
+        config: the model that learns.
+        tx: the optimiser.
+        mesh: axes `data` and `model`.
+        layout: see there.
+    """
+    params = jax.eval_shape(lambda p: masters(p, layout), abstract(config))
+    places = state_shardings(tx, params, shardings(config, mesh), mesh)
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), params)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    rows = batch_sharding(mesh)
+    step = make_train_step(
+        loss, tx, accumulate=layout.accumulate, shardings=places, batch_sharding=rows
+    )
+    return PlacedStep(step, state, places, rows)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Rounds floating-point weights to a type."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, params)

@@ -1,0 +1,304 @@
+"""What would the paper's full setting take on a pod, in hours and dollars? No pod was had.
+
+    for name in $(python -m experiments.pod --list); do python -m experiments.pod --plan $name; done
+    python -m experiments.pod                    # writes docs/pod.md from the plans
+
+Plans are those of `experiments.capacity`, compiled by the real TPU compiler (`pip install
+'egjax[tpu]'`), one process each so that host memory is that of one plan; they are kept in
+`experiments/results/capacity`. Time is step time × steps; prices are assumptions, see the options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from egjax.capacity.chips import CHIPS
+from egjax.capacity.plan import EFFICIENCY, LINK_EFFICIENCY
+from egjax.errors import EgjaxError
+from experiments import capacity
+from experiments.common import atomic_path, note, run_main
+
+__all__ = ["CASES", "Assumptions", "Config", "page"]
+
+_GIB = 2**30
+
+
+def _plan(stage: Any, model: str, topology: str, **changes: Any) -> capacity.Config:
+    return capacity.Config(stage=stage, model=model, topology=topology, compile="always", **changes)
+
+
+_DECODE: dict[str, Any] = {"length": 2048, "new_tokens": 128, "batch": 64}
+CASES: dict[str, capacity.Config] = {
+    "distill-70b-v5p-64": _plan("distill", "70b", "v5p:4x4x4", model_parallel=1),
+    "distill-70b-v5e-256": _plan("distill", "70b", "v5e:16x16", model_parallel=4),
+    "dpo-70b-v5p-64": _plan("dpo", "70b", "v5p:4x4x4", model_parallel=1),
+    "decode-405b-v5p-64": _plan("decode", "405b", "v5p:4x4x4", model_parallel=8, **_DECODE),
+    "decode-405b-v6e-64": _plan("decode", "405b", "v6e:8x8", model_parallel=8, **_DECODE),
+    "decode-405b-int8-v6e-32": _plan(
+        "decode", "405b", "v6e:4x8", model_parallel=8, int8=True, **_DECODE
+    ),
+    "decode-405b-int8-v5p-8": _plan(
+        "decode", "405b", "v5p:2x2x2", model_parallel=8, int8=True, **_DECODE
+    ),
+    "sft-8b-v5e-16": _plan("sft", "8b", "v5e:4x4", batch=16, model_parallel=1),
+    "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4),
+    "distill-8b-v5e-16": _plan("distill", "8b", "v5e:4x4", batch=16, model_parallel=4),
+    "decode-8b-v5e-16": _plan("decode", "8b", "v5e:4x4", model_parallel=8, **_DECODE),
+    "distill-1b-v5e-8": _plan("distill", "1b", "v5e:2x4", expert="1b", batch=8, model_parallel=1),
+    "sft-8b-bf16-v5e-8": _plan(
+        "sft", "8b", "v5e:2x4", batch=8, model_parallel=4, accumulate=4, master="bfloat16"
+    ),
+    "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=8, **_DECODE),
+}
+"""The committed plans, by name."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the hours and dollars rest on, beside the plans."""
+
+    tasks: int = 1659
+    """Tasks of the collection."""
+    simulations: int = 10_000
+    """Simulations a task, as in E2WM; a task that is solved sooner takes less."""
+    core_seconds: float = 0.0027
+    """Of one CPU core for one simulation: 7.0 s on two cores for 20 tasks of 256 simulations."""
+    core_dollars: float = 0.05
+    """A CPU core-hour, USD."""
+    samples: int = 32
+    """Training samples a task: plans, relabelled plans, questions."""
+    sample_tokens: int = 256
+    """Tokens of a sample."""
+    epochs: int = 3
+    """Passes of SFT and of distillation over the samples."""
+    pairs: int = 8
+    """Preference pairs a task, one pass."""
+    pair_tokens: int = 512
+    """Tokens of one side of a pair: prompt and plan, not packed."""
+    generations: int = 607
+    """Items of the benchmark's generation tasks."""
+    beams: int = 4
+    """Rows that are decoded for each."""
+    options: int = 1628 * 4 * 2
+    """Rows that are read for the questions: 1,628 items, four options, with and without prompt."""
+    overhead_hours: float = 0.5
+    """A stage's start, weights, compilation and checkpoints, during which all chips are paid."""
+    prices: Mapping[str, float] = field(
+        default_factory=lambda: {name: CHIPS[name].dollars for name in ("v5e", "v5p", "v6e")}
+    )
+    """USD for a chip-hour, on demand."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to do."""
+
+    plan: str | None = None
+    """Name of a case to compile; its plan is kept in `results`."""
+    list: bool = False
+    """Print the names of the cases."""
+    results: Path = Path("experiments/results/capacity")
+    """Folder of plans."""
+    page: Path = Path("docs/pod.md")
+    """What is written from them."""
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    """Of the hours and dollars."""
+
+
+def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
+    """The page in Markdown.
+
+    Args:
+        plans: records of `experiments.capacity`, by name; cases without one are by formula.
+        assumptions: see there.
+    """
+    every = {name: plans.get(name) or _by_formula(name) for name in CASES}
+    parts = [
+        _INTRODUCTION.format(count=len(plans), all=len(CASES)),
+        _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in every.items()]),
+        _reading(every),
+        "## The paper's full setting, in hours and dollars",
+        _table(_COST_HEAD, _cost_rows(plans, assumptions)),
+        _assumed(plans, assumptions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# What a pod run would take
+
+**Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
+ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
+what its chips send each other are the compiler's. The others are by formula, marked as such. \
+FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The compiled function is the one that training and decoding call \
+(`egjax.train.layout.placed_step`, `egjax.lm.generate.generate`), with abstract arrays.
+
+Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
+
+## Does it fit?
+
+GiB a chip; *time* of a step from "everything overlaps, products at their peak" to "nothing \
+overlaps, products at a share of it"; MFU counts neither recomputation nor what the causal mask \
+discards. A step of decoding reads a batch of prompts and decodes all new tokens."""
+
+_PLAN_HEAD = (
+    "plan", "mesh data × model", "rows × tokens", "weights", "optimizer", "caches",
+    "temporaries", "total of limit", "fits", "step, s", "MFU, %", "sent a chip, GB",
+    "compiled in (CPU), host memory",
+)  # fmt: skip
+
+
+def _plan_row(name: str, record: dict) -> Sequence[str]:
+    plan, config = record["plan"], record["config"]
+    kinds = plan["memory"]
+    over = plan["total"] - plan["limit"]
+    fits = "yes" if plan["fits"] else f"**no**, by {over / _GIB:.1f}"
+    best, expected = record["mfu"]["best"], record["mfu"]["expected"]
+    compiled = "formula"
+    if plan["method"] == "compiled":
+        compiled = (
+            f"{plan['compile_s']:.0f} s ({plan['compile_cpu_s']:.0f} s), "
+            f"{plan['host_memory'] / _GIB:.1f} GiB"
+        )
+    time = f"{plan['best_s']:.2g}–{plan['expected_s']:.2g}"
+    return (
+        name,
+        f"{plan['data']} × {plan['model']}",
+        f"{config['batch']} × {config['length']:,}",
+        *(f"{kinds.get(kind, 0) / _GIB:.1f}" for kind in ("weights", "optimizer", "caches")),
+        f"{kinds['activations'] / _GIB:.1f}",
+        f"{plan['total'] / _GIB:.1f} of {plan['limit'] / _GIB:.1f}",
+        fits,
+        time if plan["fits"] else "",
+        f"{100 * expected:.0f}–{100 * best:.0f}" if plan["fits"] else "",
+        f"{plan['collective_bytes'] / 1e9:,.0f}" if plan["fits"] else "",
+        compiled,
+    )
+
+
+def _reading(plans: Mapping[str, dict]) -> str:
+    lines = ["What the planner advises:", ""]
+    for name, record in plans.items():
+        lines += [f"- {name}: {line}" for line in record["plan"]["advice"]]
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+_COST_HEAD = ("stage", "plan", "amount", "steps", "hours (best–expected)", "USD (best–expected)")
+
+
+def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]:
+    core_hours = a.tasks * a.simulations * a.core_seconds / 3600
+    dollars = core_hours * a.core_dollars
+    rows: list[Sequence[str]] = [
+        ("collection", f"{a.tasks:,} tasks on CPU cores", f"{a.simulations:,} simulations each",
+         "", f"{core_hours:.0f} core-hours", f"{dollars:.2f}")
+    ]  # fmt: skip
+    tokens = a.tasks * a.samples * a.sample_tokens * a.epochs
+    pair_tokens = a.tasks * a.pairs * 2 * a.pair_tokens
+    total = [dollars, dollars]
+    stages = [
+        ("SFT of πᴱ", "sft-8b-v5e-16", tokens, "tokens"),
+        ("distillation", "distill-70b-v5p-64", tokens, "tokens"),
+        ("DPO", "dpo-70b-v5p-64", pair_tokens, "tokens"),
+        ("π̄ of 405B, plans and paths", "decode-405b-v6e-64", a.generations * a.beams, "rows"),
+        ("π̄ of 405B, questions", "decode-405b-v6e-64", a.options, "rows, read only"),
+    ]
+    for stage, name, amount, unit in stages:
+        record = plans.get(name) or _by_formula(name)
+        steps, times = _steps(record, amount, unit)
+        plan = record["plan"]
+        hours = [steps * t / 3600 + a.overhead_hours for t in times]
+        price = a.prices[plan["topology"].split(":")[0]]
+        cost = [h * plan["chips"] * price for h in hours]
+        total = [x + y for x, y in zip(total, cost)]
+        shown = name if name in plans else f"{name}, formula"
+        rows.append(
+            (stage, shown, f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
+             f"{cost[0]:,.0f}–{cost[1]:,.0f}")
+        )  # fmt: skip
+    rows.append(("**all**", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))
+    return rows
+
+
+def _by_formula(name: str) -> dict:
+    config = replace(CASES[name], compile="never")
+    return json.loads(json.dumps(capacity.record(config, capacity.plan_of(config))))
+
+
+def _steps(record: dict, amount: int, unit: str) -> tuple[int, list[float]]:
+    """Steps of a plan for so much work, and the seconds of one at best and as expected."""
+    plan, config = record["plan"], record["config"]
+    per_step = config["batch"]
+    if unit == "tokens":
+        per_step *= config["length"] * (2 if config["stage"] == "dpo" else 1)
+    times = [plan["best_s"], plan["expected_s"]]
+    if unit.endswith("read only"):
+        # The same batch with a single new token, by formula.
+        single = replace(
+            CASES["decode-405b-v6e-64"], **config | {"new_tokens": 1, "compile": "never"}
+        )
+        reading = capacity.plan_of(single)
+        times = [reading.best_s, reading.expected_s]
+    return -(-amount // per_step), times
+
+
+def _assumed(plans: Mapping[str, dict], a: Assumptions) -> str:
+    made = {r["made"]["commit"][:7] for r in plans.values() if r["made"]["commit"]}
+    versions = next((r["made"]["versions"] for r in plans.values()), {})
+    lines = [
+        "Assumptions:",
+        "",
+        f"- The paper gives no token counts. Here: {a.samples} samples of {a.sample_tokens} tokens "
+        f"a task, {a.epochs} epochs; {a.pairs} pairs a task of {a.pair_tokens} tokens a side. "
+        "Steps are counted by tokens at the plans' length.",
+        f"- Collection by `experiments.collect` on CPU cores, {a.core_seconds * 1000:.1f} ms of a "
+        f"core for a simulation (README), all {a.simulations:,} simulations used, "
+        f"{a.core_dollars:.2f} USD a core-hour.",
+        f"- Benchmark: {a.generations} generations × {a.beams} beams; {a.options:,} rows read for "
+        "the questions, each as long as the plan's prompt.",
+        f"- A chip-hour on demand: {', '.join(f'{k} {v:.2f} USD' for k, v in a.prices.items())} "
+        "(Google Cloud's list for the United States as of 2025, from memory; check it). "
+        f"{a.overhead_hours} h a stage for start, weights, compilation and checkpoints.",
+        f"- Expected time: matrix products at {EFFICIENCY:.0%} of the peak, collectives at "
+        f"{LINK_EFFICIENCY:.0%} of a chip's links, no overlap. Best: all of it at the peak, all "
+        "overlapping. Neither was measured.",
+        "- Memory traffic and FLOPs are formulas (`egjax.capacity.formula`), since XLA counts a "
+        "loop's body once; collectives are counted in the compiled program with loops unrolled.",
+        f"- Plans made at commit {', '.join(sorted(made)) or 'unknown'} with "
+        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.",
+    ]
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(config: Config) -> int:
+    if config.list:
+        print("\n".join(CASES))
+        return 0
+    if config.plan is not None:
+        if config.plan not in CASES:
+            raise EgjaxError(
+                f"no case {config.plan!r}", where="--plan", remedy=f"one of {', '.join(CASES)}"
+            )
+        out = config.results / f"{config.plan}.json"
+        capacity.main(replace(CASES[config.plan], out=out))
+        return 0
+    found = {name: config.results / f"{name}.json" for name in CASES}
+    plans = {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items() if p.exists()}
+    if not plans:
+        raise EgjaxError("no plans", where=str(config.results), remedy="make them with --plan")
+    with atomic_path(config.page) as part:
+        part.write_text(page(plans, config.assumptions), encoding="utf-8")
+    note(f"{config.page}: {len(plans)} of {len(CASES)} plans")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

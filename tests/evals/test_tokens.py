@@ -1,0 +1,90 @@
+"""What models think at every token, against full passes by hand."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from egjax.evals.tokens import Choice, Step, as_html, as_png, as_table, side_by_side
+from egjax.lm.config import LlamaConfig
+from egjax.lm.model import forward
+from egjax.lm.params import init
+from egjax.lm.ratio import ratio_combine
+from egjax.lm.tokenizer import Tokenizer
+from egjax.losses import behaviour_ratio
+
+NAMES = ("πᴸ", "πᴱ", "πᴺ", "π̄")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["Walk to fridge. Walk to milk.\nGrab milk."] * 3, vocab_size=275)
+
+
+def test_choices_are_those_of_full_passes(tokenizer):
+    config = LlamaConfig(275, 16, 16, 1, 1, 1, 16, max_seq_len=64)
+    keys = jax.random.split(jax.random.key(0), 3)
+    # Larger than at the start of training, so that the models differ.
+    models = [(jax.tree.map(lambda leaf: 5 * leaf, init(key, config)), config) for key in keys]
+    prompt, completion = tokenizer.encode("Walk to"), tokenizer.encode(" milk.\n")
+    steps = side_by_side(
+        models, NAMES, tokenizer, prompt, completion, combine=ratio_combine(alpha=0.5), top=3
+    )
+    assert [step.token for step in steps][-1] == "⏎"
+    assert "".join(step.token for step in steps) == "·milk.⏎"
+    row = jnp.array([[*prompt, *completion]])
+    logits = [forward(p, c, row)[0] for p, c in models]
+    logits.append(behaviour_ratio(*logits, alpha=0.5))
+    for name, found in zip(NAMES, logits):
+        shares = np.asarray(jax.nn.softmax(found))
+        for place, (step, token) in enumerate(zip(steps, completion), start=len(prompt) - 1):
+            best = np.argsort(-shares[place])[:3]
+            np.testing.assert_allclose(
+                [c.probability for c in step.choices[name]], shares[place, best], rtol=1e-3
+            )
+            assert step.probability[name] == pytest.approx(shares[place, token], rel=1e-3)
+            assert step.rank[name] == int((shares[place] > shares[place, token]).sum())
+
+
+@pytest.fixture
+def steps():
+    def step(token, *shares):
+        choices = {n: (Choice("·cup", s), Choice("<b>$x$", 1 - s)) for n, s in zip(NAMES, shares)}
+        rank = {n: 0 if token == "·cup" else 7 for n in NAMES}
+        return Step(token, choices, rank, {n: 0.01 for n in NAMES})
+
+    return [step("·cup", 0.2, 0.9, 0.3, 0.6), step("·far", 0.5, 0.05, 0.5, 0.1)]
+
+
+def test_the_table_tells_tokens_shares_and_ranks(steps):
+    import rich.console
+
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    console.print(as_table(steps))
+    text = console.export_text()
+    assert "·cup 90" in text
+    assert "<b>$x$ 10" in text
+    assert "… ·far 1.0 (no. 8)" in text
+
+
+def test_the_page_is_escaped_and_whole(steps):
+    page = as_html(steps, title="A & B", footer="<done>")
+    assert "&lt;b&gt;$x$" in page
+    assert "<b>" not in page
+    assert "A &amp; B" in page
+    assert page.count("<tr>") == 3
+    assert "width:90.00%" in page
+    assert "src=" not in page
+
+
+def test_the_picture_is_a_png_and_grows_with_the_tokens(steps):
+    from PIL import Image
+
+    few = Image.open(io.BytesIO(as_png(steps, title="a $ title", footer="b")))
+    many = Image.open(io.BytesIO(as_png(steps * 5, title="a $ title", footer="b")))
+    assert few.format == "PNG"
+    assert many.height > few.height
+    assert many.width == few.width
+    assert len(set(few.convert("RGB").getdata())) > 50

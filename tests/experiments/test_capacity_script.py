@@ -1,0 +1,79 @@
+"""The planner and its page as their users call them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import capacity, pod
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.capacity", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_a_gpu_is_planned_by_formula_and_the_output_says_so(tmp_path):
+    out = tmp_path / "plan.json"
+    done = call("--topology", "h100:8", "--batch", "8", "--json", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "by formula (no TPU compiler for it here)" in done.stderr
+    rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
+    assert rows["memory"] < rows["memory_limit"]
+    assert rows["memory/weights"] == pytest.approx(8.03e9 * 4 / 8 / 2**30, rel=1e-3)
+    assert rows["seconds_best"] < rows["seconds_expected"]
+    assert json.loads(out.read_text())["plan"]["method"] == "formula"
+
+
+def test_what_does_not_fit_leaves_with_1_and_bad_input_with_2():
+    none = call("--model", "405b", "--topology", "v5e:4x4", "--compile", "never", "--batch", "16")
+    assert none.returncode == 1
+    assert "does not fit" in none.stderr
+    assert "• no change of mesh" in none.stderr
+    bad = call("--topology", "v5e:16")
+    assert bad.returncode == 2
+    assert "v5e has 2 dimensions" in bad.stderr.splitlines()[-1]
+    odd = call("--topology", "h100:8", "--model-parallel", "3")
+    assert odd.returncode == 2
+    assert "--model-parallel" in odd.stderr
+
+
+def test_the_page_is_made_of_the_plans(tmp_path):
+    plans = {}
+    for name, config in pod.CASES.items():
+        config = pod.replace(config, compile="never")
+        plan = capacity.plan_of(config)
+        plans[name] = json.loads(json.dumps(capacity.record(config, plan)))
+    text = pod.page(plans, pod.Assumptions())
+    assert "Nothing on this page was run" in text
+    for name, record in plans.items():
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {name} ")]
+        assert ("**no**" in line) == (not record["plan"]["fits"])
+    assert "| **all** |" in text
+    total = next(x for x in text.splitlines() if x.startswith("| **all**"))
+    cheap = pod.Assumptions(prices={"v5e": 0.0, "v5p": 0.0, "v6e": 0.0}, core_dollars=0.0)
+    assert "**0–0**" in pod.page(plans, cheap)
+    assert "**0–0**" not in total
+    fewer = dict(list(plans.items())[:1])
+    assert "dpo-70b-v5p-64, formula" in pod.page(fewer, pod.Assumptions())
+
+
+def test_committed_plans_are_the_cases(monkeypatch):
+    folder = ROOT / "experiments" / "results" / "capacity"
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        config = pod.CASES[path.stem]
+        assert record["config"] == {
+            k: v for k, v in vars(config).items() if k not in ("out", "json")
+        }
+        assert record["plan"]["method"] == "compiled"
+        assert record["plan"]["compile_cpu_s"] < 600
+        assert record["plan"]["host_memory"] < 16 * 2**30

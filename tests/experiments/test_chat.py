@@ -1,0 +1,123 @@
+"""One turn and a conversation with models that know nothing."""
+
+import io
+import json
+
+import jax
+import pytest
+
+from egjax.errors import EgjaxError
+from egjax.lm import hf
+from egjax.lm.config import LlamaConfig
+from egjax.lm.params import init
+from egjax.lm.tokenizer import Tokenizer
+from experiments import chat
+
+SCENE = """
+rooms:
+  kitchen: [table, cup on table, cup, fridge]
+  bedroom: [bed, book on bed]
+goals:
+  - OPEN(fridge)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three small models of one tokenizer, one of another, and a scene."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "home.yaml").write_text(SCENE)
+    texts = ["Q: How to do this? Walk to fridge. Open fridge. Grab cup.\nA:"] * 3
+    for seed, name in enumerate(("large", "expert", "base", "foreign")):
+        size = 281 if name == "foreign" else 280
+        tokenizer = Tokenizer.train(texts, vocab_size=size)
+        config = LlamaConfig(
+            size, 16, 16, 1, 1, 1, 16, max_seq_len=2048, eos_ids=(tokenizer.eos_id,)
+        )
+        params = jax.tree.map(lambda leaf: 4 * leaf, init(jax.random.key(seed), config))
+        hf.save(root / name, config, params)
+        tokenizer.save(root / name)
+    return root
+
+
+def config(folders, **changes):
+    given = {f"{name}_from": folders / name for name in ("large", "expert", "base")}
+    return chat.Config(**{**given, "max_new_tokens": 12, "json": True, **changes})
+
+
+def turns(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_prompt_shows_four_columns_and_speculation_the_same_tokens(folders, capsys):
+    chat.main(config(folders, prompt="Q: How?\\nA:"))
+    (turn,) = turns(capsys.readouterr().out)
+    assert turn["prompt"] == "Q: How?\nA:"
+    assert len(turn["tokens"]) == 12
+    for token in turn["tokens"]:
+        assert list(token["choices"]) == ["πᴸ", "πᴱ", "πᴺ", "π̄"]
+        assert token["choices"]["π̄"][0][0] == token["token"]  # greedy
+        assert token["rank"]["π̄"] == 0
+    assert "solved" not in turn
+    chat.main(config(folders, prompt="Q: How?\\nA:", drafts=3))
+    (fast,) = turns(capsys.readouterr().out)
+    assert fast["completion"] == turn["completion"]
+    stop = turn["completion"][2:4]
+    chat.main(config(folders, prompt="Q: How?\\nA:", stop=(stop,)))
+    (short,) = turns(capsys.readouterr().out)
+    assert short["completion"] == turn["completion"].split(stop)[0]
+
+
+def test_a_task_has_a_verdict_and_a_picture(folders, capsys, tmp_path):
+    home = str(folders / "home.yaml")
+    for name, start in (("why.png", b"\x89PNG"), ("why.html", b"<!doctype")):
+        chat.main(config(folders, scene=home, picture=tmp_path / name))
+        assert (tmp_path / name).read_bytes().startswith(start)
+    turn = turns(capsys.readouterr().out)[-1]
+    assert "Wanted: fridge open." in turn["prompt"]
+    assert turn["solved"] is False
+    assert turn["goals_total"] == 1
+    assert turn["steps"][0]["accepted"] is False
+    page = (tmp_path / "why.html").read_text()
+    assert "not solved, 0 of 1 goals hold" in page
+    assert "refused" in page
+
+
+def test_legal_plans_are_executable(folders, capsys):
+    chat.main(config(folders, scene=str(folders / "home.yaml"), legal=True, max_new_tokens=30))
+    (turn,) = turns(capsys.readouterr().out)
+    whole = [step for step in turn["steps"][:-1]]  # the last one may be cut short
+    assert whole
+    assert all(step["accepted"] for step in whole)
+
+
+def test_a_conversation_goes_on_after_a_mistake_and_ends(folders, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Walk to\ntask no such task\nGrab\n\nleft\n"))
+    chat.main(config(folders, large_from=folders / "large", expert_from=None, base_from=None))
+    printed = capsys.readouterr()
+    assert [turn["prompt"] for turn in turns(printed.out)] == ["Walk to", "Grab"]
+    assert list(turns(printed.out)[0]["tokens"][0]["choices"]) == ["πᴸ"]
+    assert printed.err.count("error: ") == 1
+
+
+def test_people_see_a_table(folders, capsys):
+    chat.main(config(folders, prompt="Q:", json=False, max_new_tokens=3))
+    said = capsys.readouterr().out
+    assert "token" in said
+    assert "π̄" in said
+    assert "→ " in said
+
+
+def test_what_cannot_be_is_told(folders, tmp_path):
+    for changes, message in (
+        ({"base_from": folders / "foreign", "prompt": "Q:"}, "vocabulary sizes differ"),
+        ({"base_from": None, "prompt": "Q:"}, "three models"),
+        ({"prompt": "Q:", "task": "t"}, "one of --prompt"),
+        ({"prompt": "Q:", "legal": True}, "no simulator"),
+        ({"picture": tmp_path / "x.png"}, "one turn"),
+        ({"prompt": "Q:", "picture": tmp_path / "x.gif"}, "one turn"),
+    ):
+        with pytest.raises(EgjaxError, match=message):
+            chat.main(config(folders, **changes))
+    with pytest.raises(EgjaxError, match="no finished stage"):
+        chat.main(chat.Config(run=tmp_path, prompt="Q:"))
