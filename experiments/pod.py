@@ -133,8 +133,9 @@ _INTRODUCTION = """# What a pod run would take
 **Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
 ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
 what its chips send each other are the compiler's. The others are by formula, marked as such. \
-FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The compiled function is the one that training and decoding call \
-(`egjax.train.layout.placed_step`, `egjax.lm.generate.generate`), with abstract arrays.
+FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The \
+compiled function is the one that training and decoding call (`egjax.train.layout.placed_step`, \
+`egjax.lm.generate.generate`), with abstract arrays.
 
 Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
 
