@@ -52,7 +52,7 @@ CASES: dict[str, capacity.Config] = {
     "sft-8b-bf16-v5e-8": _plan(
         "sft", "8b", "v5e:2x4", batch=8, model_parallel=4, accumulate=4, master="bfloat16"
     ),
-    "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=8, **_DECODE),
+    "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=2, **_DECODE),
 }
 """The committed plans, by name."""
 
@@ -133,8 +133,9 @@ _INTRODUCTION = """# What a pod run would take
 **Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
 ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
 what its chips send each other are the compiler's. The others are by formula, marked as such. \
-FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The compiled function is the one that training and decoding call \
-(`egjax.train.layout.placed_step`, `egjax.lm.generate.generate`), with abstract arrays.
+FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The \
+compiled function is the one that training and decoding call (`egjax.train.layout.placed_step`, \
+`egjax.lm.generate.generate`), with abstract arrays.
 
 Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
 
@@ -260,7 +261,7 @@ def _assumed(plans: Mapping[str, dict], a: Assumptions) -> str:
         f"- Benchmark: {a.generations} generations × {a.beams} beams; {a.options:,} rows read for "
         "the questions, each as long as the plan's prompt.",
         f"- A chip-hour on demand: {', '.join(f'{k} {v:.2f} USD' for k, v in a.prices.items())} "
-        "(Google Cloud's list for the United States as of 2025, from memory; check it). "
+        "(Google Cloud's list for the United States in 2025 as remembered, not looked up). "
         f"{a.overhead_hours} h a stage for start, weights, compilation and checkpoints.",
         f"- Expected time: matrix products at {EFFICIENCY:.0%} of the peak, collectives at "
         f"{LINK_EFFICIENCY:.0%} of a chip's links, no overlap. Best: all of it at the peak, all "

@@ -69,8 +69,8 @@ CHIPS: dict[str, Chip] = {
     )
 }  # fmt: skip
 """TPUs: peak, memory, bandwidth and the ICI's bytes/s one way from the page in `source` (it gives
-both ways together). Prices: Google Cloud's list for the United States as of 2025, rounded; they
-change and differ by region, so state your own."""
+both ways together). Prices: Google Cloud's list for the United States in 2025 as remembered, not
+looked up; they change and differ by region, so state your own."""
 
 
 @dataclass(frozen=True)
