@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from egjax.errors import EgjaxError
 from egjax.experience.records import Sample as Text
@@ -21,7 +22,7 @@ from egjax.lm.generate import (
     generate,
     pad_prompts,
 )
-from egjax.lm.model import forward
+from egjax.lm.model import head, trunk, unembed
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, save_params
 from egjax.train.data import Sample
@@ -33,6 +34,7 @@ __all__ = [
     "apply_of",
     "as_sample",
     "asked",
+    "cast",
     "check_one_vocabulary",
     "load",
     "plans_of",
@@ -77,14 +79,40 @@ def check_one_vocabulary(models: dict[str, Model]) -> None:
     )
 
 
-@functools.cache
-def apply_of(config: LlamaConfig) -> Callable[..., jax.Array]:
-    """The model as the objectives take it; the same function for the same config."""
+LARGE_VOCABULARY = 8192
+"""From here on losses are computed in chunks: all logits of a batch would be too much memory."""
 
-    def apply(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array):
-        return forward(params, config, tokens, positions, segment_ids)
+
+@functools.cache
+def apply_of(config: LlamaConfig, *, heads: bool | None = None) -> Callable[..., Any]:
+    """The model as the objectives take it; the same function for the same arguments.
+
+    Weights of another type (float32 masters of a bfloat16 model) are rounded to the model's; their
+    gradients come back in their own.
+
+    Args:
+        config: the model.
+        heads: give a `Head` rather than logits; None does so for a large vocabulary.
+    """
+    chunked = config.vocab_size > LARGE_VOCABULARY if heads is None else heads
+
+    def apply(
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        prefix_ids: jax.Array | None = None,
+    ):
+        params = cast(params, config.dtype)
+        out = trunk(params, config, tokens, positions, segment_ids, prefix_ids=prefix_ids)
+        return (head if chunked else unembed)(params, config, out.final)
 
     return apply
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """Parameters in another float type."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
 def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:

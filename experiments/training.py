@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.lm.config import LlamaConfig
 from egjax.lm.params import shardings
 from egjax.mesh import batch_sharding, make_mesh
 from egjax.train.data import Shuffled
+from egjax.train.flops import peak_flops, step_work
 from egjax.train.loop import fit
-from egjax.train.optim import OptimConfig, make_optimizer
+from egjax.train.optim import SCHEDULES, OptimConfig, make_optimizer
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
+from egjax.train.writers import writers
 from experiments.common import Done, save_then_stop
-from experiments.models import Model, save
+from experiments.models import Model, cast, save
 
-__all__ = ["MODEL", "Training", "curve", "figures", "mesh_for", "placed", "train"]
+__all__ = ["MODEL", "LogTo", "Training", "curve", "figures", "mesh_for", "placed", "train"]
 
 MODEL = "model"
 """Folder of the model in a stage's outputs."""
 _CURVE = "metrics.jsonl"
+LogTo = tuple[Literal["tensorboard", "wandb"], ...]
+"""Where the log goes beside its JSON lines."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,17 @@ class Training:
     """Peak of the learning rate."""
     save_every: int = 100
     """Steps between checkpoints."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate goes on after its warm-up; wsd: warm-up, stable, decay."""
+    accumulate: int = 1
+    """Micro-batches a step; divides `batch`."""
+
+    def __post_init__(self):
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise EgjaxError(
+                f"{self.accumulate} micro-batches do not divide {self.batch} rows",
+                where="--training.accumulate",
+            )
 
 
 def train(
@@ -55,8 +72,14 @@ def train(
     out: Path,
     title: str,
     frozen: Any = None,
+    frozen_configs: Sequence[LlamaConfig] = (),
+    log_to: Sequence[str] = (),
+    write: Callable[[Path, Model], None] = save,
 ) -> None:
     """Trains a model and writes it to `out/model`; goes on from a checkpoint of the same stage.
+
+    A model of a 16-bit type computes in it, its weights and the optimiser's state are float32 until
+    it is written.
 
     Args:
         model: where to start.
@@ -67,17 +90,32 @@ def train(
         out: the stage's directory.
         title: for the progress display.
         frozen: what the objective takes beside the parameters, on the same mesh (`placed`).
+        frozen_configs: the models that a step runs forward beside the trained one.
+        log_to: see `egjax.train.writers`.
+        write: `(folder, model)`, how the model is written.
 
     Raises:
         KeyboardInterrupt: asked to stop; the state was saved first, and the same command goes on.
     """
-    tx = make_optimizer(OptimConfig(learning_rate=config.learning_rate), config.steps)
-    mesh = mesh_for(config.batch)
-    state = state_shardings(tx, model.params, shardings(model.config, mesh), mesh)
-    with save_then_stop() as stop:
+    tx = make_optimizer(
+        OptimConfig(learning_rate=config.learning_rate),
+        config.steps,
+        schedule=SCHEDULES[config.schedule],
+    )
+    mesh = mesh_for(config)
+    masters = cast(placed(model, mesh), "float32")
+    state = state_shardings(tx, masters, shardings(model.config, mesh), mesh)
+    step = make_train_step(
+        loss,
+        tx,
+        accumulate=config.accumulate,
+        shardings=state,
+        batch_sharding=batch_sharding(mesh),
+    )
+    with save_then_stop() as stop, writers(log_to, out, title) as on_log:
         result = fit(
-            init_state(placed(model, mesh), tx, state),
-            make_train_step(loss, tx, shardings=state, batch_sharding=batch_sharding(mesh)),
+            init_state(masters, tx, state),
+            step,
             Shuffled(table, config.batch, seed),
             num_steps=config.steps,
             key=jax.random.key(seed),
@@ -85,15 +123,19 @@ def train(
             directory=out,
             save_every=config.save_every,
             log_every=max(1, config.steps // 50),
+            on_log=on_log,
             stop=stop,
             title=title,
+            work=step_work(model.config, frozen_configs),
+            peak=peak_flops(list(mesh.devices.flat)),
         )
-    save(out / MODEL, model._replace(params=result.state.params))
+    trained = cast(result.state.params, model.config.dtype)
+    write(out / MODEL, model._replace(params=trained))
 
 
-def mesh_for(batch: int) -> Mesh:
-    """All devices along `data`, as far as they divide a batch."""
-    return make_mesh(data=math.gcd(batch, jax.device_count()))
+def mesh_for(config: Training) -> Mesh:
+    """All devices along `data`, as far as they divide a micro-batch."""
+    return make_mesh(data=math.gcd(config.batch // config.accumulate, jax.device_count()))
 
 
 def placed(model: Model, mesh: Mesh) -> Any:
@@ -105,7 +147,8 @@ def figures(done: Done, stage: str) -> list[Figure]:
     """What a training stage logged last: losses, accuracies, norms, rate."""
     rows = [json.loads(line) for line in (done.path / _CURVE).read_text().splitlines()]
     last, count = rows[-1], rows[-1]["step"]
-    units = {"steps_per_second": "1/s", "accuracy": "fraction", "teacher_accuracy": "fraction"}
+    units = {"steps_per_second": "1/s", "tokens_per_second": "tokens/s"}
+    units |= dict.fromkeys(("accuracy", "teacher_accuracy", "mfu"), "fraction")
     return [
         Figure(f"{stage}_{name}", value, units.get(name, "nats" if "loss" in name else ""), n=count)
         for name, value in last.items()

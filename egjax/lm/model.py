@@ -235,7 +235,7 @@ def rotate(x: Array, rope: Rope) -> Array:
 def _visible(
     segment_ids: Array, key_segments: Array, before: Array | int, prefix_ids: Array | None
 ) -> Array:
-    """bool[B, T, S]: which keys a token sees: earlier ones of its segment and prefix, and itself."""
+    """bool[B, T, S]: keys that a token sees: earlier ones of its segment and prefix, and itself."""
     queries, keys = segment_ids.shape[1], key_segments.shape[1]
     causal = jnp.arange(keys)[None] <= before + jnp.arange(queries)[:, None]
     same = segment_ids[:, :, None] == key_segments[:, None, :]

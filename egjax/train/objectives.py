@@ -34,6 +34,7 @@ from egjax.losses import (
     sft,
     token_logps,
 )
+from egjax.losses import z_loss as squared_normaliser
 from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn
 
@@ -103,12 +104,13 @@ def _masked_sum(values: Array, mask: Array) -> Array:
     return jnp.where(mask, values, 0.0).sum()
 
 
-def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
+def next_token(apply: Apply, *, vocab_mask: Array | None = None, z_loss: float = 0.0) -> LossFn:
     """Pretraining and multi-task SFT: `-Σ α_v log π(y_m | y_<m, x)` per counted token.
 
     Args:
         apply: the model.
         vocab_mask: bool[V], False for padded columns.
+        z_loss: weight of `egjax.losses.z_loss` in each token's loss.
 
     Returns:
         Loss over `TokenBatch`; metrics: nll (without the weights α_v), accuracy (of the most
@@ -126,6 +128,7 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
                 weights,
                 terms=forward_kl_terms,
                 vocab_mask=vocab_mask,
+                z_loss=z_loss,
             )
             return total, count, {"nll": (_masked_sum(nll, batch.mask), count)}
         nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
@@ -135,7 +138,10 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
             "nll": (nll.sum(), count),
             "accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
         }
-        return (batch.weights * nll).sum(), count, metrics
+        losses = nll
+        if z_loss:
+            losses = nll + z_loss * squared_normaliser(logits, batch.mask, vocab_mask)
+        return (batch.weights * losses).sum(), count, metrics
 
     return loss_fn
 

@@ -146,7 +146,15 @@ def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):
     assert {name.split("/")[0] for name in before} >= {"tasks", "collect", "text", "seed0"}
 
 
-PROVENANCE = {"seconds", "steps_per_second", "started", "command", "commit", "dirty"}
+PROVENANCE = {
+    "seconds",
+    "steps_per_second",
+    "tokens_per_second",
+    "started",
+    "command",
+    "commit",
+    "dirty",
+}
 
 
 def contents(run: Path) -> dict[str, object]:
