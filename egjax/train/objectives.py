@@ -286,12 +286,12 @@ def preference_with_initial(
     Args:
         apply: the model.
         loss: e.g. `lambda p: dpo_paper(p.chosen, p.rejected, beta=0.1)`.
-        kl_weight: λ ≥ 0.
+        kl_weight: λ ≥ 0; the KL is not computed at 0.
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
         Loss over `PairBatch` or `SharedPairBatch`, per pair, whose step takes the parameters of π₀
-        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
+        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion) if λ > 0.
     """
 
     def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Params):
@@ -302,6 +302,9 @@ def preference_with_initial(
         logps, lengths = _sequence_logps(logits, rows, vocab_mask)
         losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
         count = batch.mask.sum()
+        if not kl_weight:
+            total = _masked_sum(losses, batch.mask)
+            return total, count, _pair_metrics(metrics, batch.mask)
         if isinstance(logits, Head):
             counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
             penalty, kls = chunked_loss(
