@@ -1,4 +1,5 @@
 # make env: the environment alone · make run: the main job · make test: lint, types, tests
+# make test-slow: runs that are killed and stopped at random, 20 times each
 # Options go through ARGS, e.g.  make run ARGS="--help"   make test ARGS="tests/losses -k dpo"
 # Another interpreter: make run PYTHON=/path/to/python3.12
 ARGS ?=
@@ -17,7 +18,7 @@ ROBOTHOW := virtualhome-eval==0.1.1
 # Two makes in one clone: the second waits for the first and finds the work done.
 LOCK := $(if $(shell command -v flock),flock pyproject.toml,)
 
-.PHONY: env run test lint clean
+.PHONY: env run test test-slow lint clean
 .DELETE_ON_ERROR:
 
 env: .venv/.stamp .venv/.robothow
@@ -52,6 +53,10 @@ lint: env
 
 test: lint
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# Minutes rather than seconds, so not a part of test.
+test-slow: env
+	$(PY) -m pytest -m slow $(ARGS)
 
 clean:
 	rm -rf .venv build dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,15 @@ from egjax.lm.generate import (
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, save_params
 from egjax.train.data import Sample
+from egjax.train.layout import Layout, applied
+from egjax.train.objectives import Apply
 from egjax.train.progress import progress
 
 __all__ = [
+    "LARGE_VOCABULARY",
     "Model",
     "answered",
+    "apply_of",
     "as_sample",
     "asked",
     "check_one_vocabulary",
@@ -72,6 +77,22 @@ def check_one_vocabulary(models: dict[str, Model]) -> None:
         {name: model.config.vocab_size for name, model in models.items()},
         {name: model.tokenizer for name, model in models.items()},
     )
+
+
+LARGE_VOCABULARY = 8192
+"""From here on losses are computed in chunks: all logits of a batch would be too much memory."""
+
+
+def apply_of(config: LlamaConfig, layout: Layout, *, heads: bool | None = None) -> Apply:
+    """The model as the objectives take it, see `egjax.train.layout.applied`.
+
+    Args:
+        config: the model.
+        layout: of the step.
+        heads: give a `Head` rather than logits; None does so for a large vocabulary, too.
+    """
+    chunked = layout.chunked or config.vocab_size > LARGE_VOCABULARY if heads is None else heads
+    return applied(config, replace(layout, chunked=chunked))
 
 
 def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:

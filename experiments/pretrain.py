@@ -26,11 +26,10 @@ from egjax.lm.config import LlamaConfig, large_config, small_config
 from egjax.lm.params import init
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
 from egjax.train.data import Sample, TokenBatch, pack, split
-from egjax.train.layout import applied
 from egjax.train.objectives import next_token
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
-from experiments.models import Model, asked
-from experiments.training import Training, figures, train
+from experiments.models import Model, apply_of, asked
+from experiments.training import LogTo, Training, figures, train
 
 __all__ = ["Config", "large_stage", "small_stage"]
 
@@ -51,6 +50,10 @@ class Config:
     """Hugging Face folder to start the small model from instead of random weights."""
     large_from: Path | None = None
     """Hugging Face folder to start the large model from."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser, which keeps logits small."""
+    log_to: LogTo = ()
+    """Write the log to these, too."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
@@ -73,15 +76,24 @@ def _stage(
     size: Callable[[int], LlamaConfig],
 ) -> Done:
     inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
-    inputs["text"] = text.fingerprint
+    inputs |= {"text": text.fingerprint, "z_loss": config.z_loss}
     stage = Stage(config.run, f"seed{config.seed}/pretrain_{name}", inputs)
 
     def work(out: Path) -> None:
         tokenizer = Tokenizer.load(text.path / "tokenizer")
         model = _start(tokenizer, size, folder, config.seed)
         table = _rows(text.path / "general.jsonl", tokenizer, model.config, training.length)
-        loss = next_token(applied(model.config, training.layout))
-        train(model, loss, table, training, seed=config.seed, out=out, title=f"pretrain {name}")
+        loss = next_token(apply_of(model.config, training.layout), z_loss=config.z_loss)
+        train(
+            model,
+            loss,
+            table,
+            training,
+            seed=config.seed,
+            out=out,
+            title=f"pretrain {name}",
+            log_to=config.log_to,
+        )
 
     return stage.run(work)
 

@@ -1,10 +1,15 @@
 """πᴺ → πᴱ: multi-task fine-tuning of the small model on its experience.
 
     python -m experiments.sft --run runs/quick
+    python -m experiments.sft --data FILE.jsonl --model FOLDER --run runs/mine
 
 L = Σ_v α_v Σ_m log π(y_m | y_<m, x) over plans (found by the search, and relabelled errands),
 activity recognition, counting and object paths ("Growing Through Experience", arXiv 2506.01312,
 section 3.2). Needs the stages `text` and `pretrain`.
+
+With `--data` it is fine-tuning on one's own data, without the simulator: JSON lines with `messages`
+(the assistant's are learnt), `prompt` and `completion`, or `text` (`egjax.train.jsonl`). `--model`
+is a Hugging Face Llama or a stage of a run; what is trained is such a folder again.
 """
 
 from __future__ import annotations
@@ -19,12 +24,13 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import TokenBatch, pack
-from egjax.train.layout import applied
+from egjax.train.jsonl import read_samples
 from egjax.train.objectives import next_token
+from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
 from experiments.models import as_sample, load
 from experiments.text import load_samples
-from experiments.training import MODEL, Training, figures, train
+from experiments.training import MODEL, LogTo, Training, figures, train
 
 __all__ = ["Config", "Weights", "sample_table", "stage"]
 
@@ -50,9 +56,17 @@ class Config:
     training: Training = field(default_factory=lambda: Training(300, 16, 256, 2e-3))
     """Length and rate."""
     weights: Weights = field(default_factory=Weights)
-    """Task weights."""
+    """Task weights; unused with `data`."""
     lora_rank: int = 0
     """Rank of a low-rank adapter that is trained in place of the weights; 0 trains them all."""
+    data: Path | None = None
+    """JSON lines of one's own."""
+    model: Path | None = None
+    """What to start from, with `data`."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser, which keeps logits small."""
+    log_to: LogTo = ()
+    """Write the log to these, too."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
@@ -73,7 +87,7 @@ def sample_table(text: Done, config: LlamaConfig, length: int, weights: Weights)
 def stage(config: Config, text: Done, small: Done) -> Done:
     """Trains πᴱ from πᴺ."""
     inputs = {"training": config.training, "weights": config.weights, "seed": config.seed}
-    inputs |= {"text": text.fingerprint, "small": small.fingerprint}
+    inputs |= {"text": text.fingerprint, "small": small.fingerprint, "z_loss": config.z_loss}
 
     if config.lora_rank:
         inputs["lora_rank"] = config.lora_rank
@@ -82,7 +96,7 @@ def stage(config: Config, text: Done, small: Done) -> Done:
     def work(out: Path) -> None:
         model = load(small.path / MODEL)
         table = sample_table(text, model.config, config.training.length, config.weights)
-        loss = next_token(applied(model.config, config.training.layout))
+        loss = next_token(apply_of(model.config, config.training.layout), z_loss=config.z_loss)
         train(
             model,
             loss,
@@ -92,12 +106,45 @@ def stage(config: Config, text: Done, small: Done) -> Done:
             out=out,
             title="sft",
             lora=lora,
+            log_to=config.log_to,
         )
 
     return Stage(config.run, f"seed{config.seed}/sft", inputs).run(work)
 
 
+def own_stage(config: Config) -> Done:
+    """Fine-tunes a model of one's own on data of one's own."""
+    paths = own.given(data=config.data, model=config.model)
+    start = own.Start.at(paths["model"])
+    samples, _ = read_samples(paths["data"], start.tokenizer, start.template, start.config)
+    kept = own.fitting(samples, [len(s.tokens) for s in samples], config.training, start)
+
+    def work(out: Path) -> None:
+        model = start.load()
+        loss = next_token(
+            apply_of(model.config, config.training.layout),
+            vocab_mask=start.vocab_mask,
+            z_loss=config.z_loss,
+        )
+        train(
+            model,
+            loss,
+            pack(kept, config.training.length),
+            config.training,
+            seed=config.seed,
+            out=out,
+            title="sft",
+            log_to=config.log_to,
+            write=start.write,
+        )
+
+    return own.stage(config, "sft", {"model": start}, work)
+
+
 def main(config: Config) -> None:
+    if config.data is not None:
+        emit(*figures(own_stage(config), "sft"), json=config.json)
+        return
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         small = finished(config.run, f"seed{config.seed}/pretrain_small", made_by="pretrain")

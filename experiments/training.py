@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.lm import peft
+from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig, merge
 from egjax.lm.lora import init as init_adapter
 from egjax.lm.lora import shardings as adapter_shardings
@@ -21,20 +23,34 @@ from egjax.lm.params import shardings
 from egjax.mesh import batch_sharding, make_mesh
 from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
+from egjax.train.flops import peak_flops, step_work
 from egjax.train.layout import Layout, cast, masters, placed_step
 from egjax.train.loop import fit
-from egjax.train.optim import OptimConfig, make_optimizer
+from egjax.train.optim import SCHEDULES, OptimConfig, make_optimizer
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
+from egjax.train.writers import writers
 from experiments.common import Done, save_then_stop
 from experiments.models import Model, save
 
-__all__ = ["ADAPTER", "MODEL", "Training", "curve", "figures", "mesh_for", "placed", "train"]
+__all__ = [
+    "ADAPTER",
+    "MODEL",
+    "LogTo",
+    "Training",
+    "curve",
+    "figures",
+    "mesh_for",
+    "placed",
+    "train",
+]
 
 MODEL = "model"
 """Folder of the model in a stage's outputs."""
 ADAPTER = "adapter"
 """Folder of the adapter, where one was trained."""
 _CURVE = "metrics.jsonl"
+LogTo = tuple[Literal["tensorboard", "wandb"], ...]
+"""Where the log goes beside its JSON lines."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,18 @@ class Training:
     save_every: int = 100
     """Steps between checkpoints."""
     layout: Layout = field(default_factory=Layout)
-    """What a step trades between memory, arithmetic and communication."""
+    """What a step trades between memory, arithmetic and communication. Weights are trained in
+    float32 where it names no other type."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate goes on after its warm-up; wsd: warm-up, stable, decay."""
+
+    def __post_init__(self):
+        parts = self.layout.accumulate
+        if parts < 1 or self.batch % parts:
+            raise EgjaxError(
+                f"{parts} micro-batches do not divide {self.batch} rows",
+                where="--training.layout.accumulate",
+            )
 
 
 def train(
@@ -65,9 +92,15 @@ def train(
     out: Path,
     title: str,
     frozen: Any = None,
+    frozen_configs: Sequence[LlamaConfig] = (),
     lora: LoraConfig | None = None,
+    log_to: Sequence[str] = (),
+    write: Callable[[Path, Model], None] = save,
 ) -> None:
     """Trains a model and writes it to `out/model`; goes on from a checkpoint of the same stage.
+
+    A model of a 16-bit type computes in it, its weights and the optimiser's state are float32 until
+    it is written.
 
     Args:
         model: where to start.
@@ -78,20 +111,28 @@ def train(
         out: the stage's directory.
         title: for the progress display.
         frozen: what the objective takes beside the parameters, on the same mesh (`placed`).
+        frozen_configs: the models that a step runs forward beside the trained one.
         lora: train this adapter in place of the weights. It is written to `out/adapter` in PEFT's
             layout, and the model with it merged in.
+        log_to: see `egjax.train.writers`.
+        write: `(folder, model)`, how the model is written.
 
     Raises:
         KeyboardInterrupt: asked to stop; the state was saved first, and the same command goes on.
     """
-    tx = make_optimizer(OptimConfig(learning_rate=config.learning_rate), config.steps)
+    tx = make_optimizer(
+        OptimConfig(learning_rate=config.learning_rate),
+        config.steps,
+        schedule=SCHEDULES[config.schedule],
+    )
     mesh = mesh_for(config)
+    layout = replace(config.layout, master=config.layout.master or "float32")
     model.config.check_length(config.length, where="rows of training data")
     base = placed(model, mesh)
     if lora is None:
-        placed_model = placed_step(loss, model.config, tx, mesh, config.layout)
+        placed_model = placed_step(loss, model.config, tx, mesh, layout)
         step = placed_model.step
-        state = init_state(masters(base, config.layout), tx, placed_model.shardings)
+        state = init_state(masters(base, layout), tx, placed_model.shardings)
     else:
         adapter = init_adapter(jax.random.key(seed), model.config, lora, mesh)
         places = adapter_shardings(model.config, lora, mesh)
@@ -99,12 +140,12 @@ def train(
         step = make_train_step(
             adapted(loss, lora),
             tx,
-            accumulate=config.layout.accumulate,
+            accumulate=layout.accumulate,
             shardings=places,
             batch_sharding=batch_sharding(mesh),
         )
         state, frozen = init_state(adapter, tx, places), FrozenBase(base, frozen)
-    with save_then_stop() as stop:
+    with save_then_stop() as stop, writers(log_to, out, title) as on_log:
         result = fit(
             state,
             step,
@@ -115,19 +156,22 @@ def train(
             directory=out,
             save_every=config.save_every,
             log_every=max(1, config.steps // 50),
+            on_log=on_log,
             stop=stop,
             title=title,
+            work=step_work(model.config, frozen_configs),
+            peak=peak_flops(list(mesh.devices.flat)),
         )
     trained = result.state.params
     if lora is not None:
         peft.save(out / ADAPTER, model.config, lora, trained)
         trained = merge(base, trained, lora)
     trained = cast(trained, model.config.dtype)
-    save(out / MODEL, model._replace(params=trained))
+    write(out / MODEL, model._replace(params=trained))
 
 
 def mesh_for(config: Training) -> Mesh:
-    """All devices along `data`, as far as they divide a batch, and what `layout` wants along
+    """All devices along `data`, as far as they divide a micro-batch, and what `layout` wants along
     `model`."""
     layout = config.layout
     rows = jax.device_count() // layout.model
@@ -143,7 +187,8 @@ def figures(done: Done, stage: str) -> list[Figure]:
     """What a training stage logged last: losses, accuracies, norms, rate."""
     rows = [json.loads(line) for line in (done.path / _CURVE).read_text().splitlines()]
     last, count = rows[-1], rows[-1]["step"]
-    units = {"steps_per_second": "1/s", "accuracy": "fraction", "teacher_accuracy": "fraction"}
+    units = {"steps_per_second": "1/s", "tokens_per_second": "tokens/s"}
+    units |= dict.fromkeys(("accuracy", "teacher_accuracy", "mfu"), "fraction")
     return [
         Figure(f"{stage}_{name}", value, units.get(name, "nats" if "loss" in name else ""), n=count)
         for name, value in last.items()

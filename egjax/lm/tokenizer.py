@@ -162,6 +162,11 @@ class Tokenizer:
         """Token ids of a text; no special tokens are added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode`, and for each token where in the text it ends, in characters."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts at once (in parallel)."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)

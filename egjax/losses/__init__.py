@@ -48,7 +48,7 @@ from egjax.losses.preference import (
 )
 from egjax.losses.ratio import behaviour_ratio
 from egjax.losses.reductions import masked_mean, sequence_logps, token_logps
-from egjax.losses.sft import sft
+from egjax.losses.sft import sft, z_loss
 
 __all__ = [
     "Head",
@@ -92,4 +92,5 @@ __all__ = [
     "skewed_reverse_kl",
     "skewed_reverse_kl_terms",
     "token_logps",
+    "z_loss",
 ]

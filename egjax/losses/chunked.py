@@ -247,8 +247,8 @@ class _Settings:
     over devices stays split in [rows, chunks], which it would not in [chunks, rows].
     """
 
-    def __init__(self, terms: Terms, count: int, tokens: int, shards: int):
-        self.terms, self.count, self.shards = terms, count, shards
+    def __init__(self, terms: Terms, count: int, tokens: int, shards: int, z_loss: float = 0.0):
+        self.terms, self.count, self.shards, self.z_loss = terms, count, shards, z_loss
         # Chunks that divide the tokens spare a padded copy of the hidden states.
         least = max(1, math.ceil(count / tokens))
         even = (n for n in range(least, 2 * least) if count % n == 0)
@@ -376,40 +376,46 @@ def _terms_and_slopes(terms: Terms, student: Array, teacher: Array) -> tuple[Arr
     return jax.jvp(lambda s: terms(s, teacher), (student,), (jnp.ones_like(student),))
 
 
-def _values(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> Array:
-    """Losses float32[N], nothing else kept."""
+def _values(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Array]:
+    """Losses and z-losses float32[N], nothing else kept."""
 
-    def chunk(_: None, index: Array) -> tuple[None, Array]:
+    def chunk(_: None, index: Array) -> tuple[None, tuple[Array, Array]]:
         pick = settings.pick(index)
         rows = _rows(settings, student.pick(pick), teacher.pick(pick), rest)
-        return None, _sums(settings, rows)[0]
+        return None, (_sums(settings, rows)[0], settings.z_loss * rows.norms[0] ** 2)
 
-    return settings.merge(jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1].T)
+    losses, z_losses = jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1]
+    return settings.merge(losses.T), settings.merge(z_losses.T)
 
 
 def _values_and_grads(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any, weights: Array
-) -> tuple[Array, Head]:
-    """Losses float32[N], and the gradient of `Σ weights · losses` for the student's head."""
+) -> tuple[tuple[Array, Array], Head]:
+    """Losses and z-losses float32[N], and the gradient of their weighted sum for the student."""
     weight, tied = student.unembedding, student.tied
     axis = 1 if tied else 0  # of the width
 
-    def chunk(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
+    def chunk(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Any]:
         total, hidden = carry
         pick = settings.pick(index)
         head = student.pick(pick)
         rows = _rows(settings, head, teacher.pick(pick), rest)
         losses, slopes = _sums(settings, rows)
+        z_losses = settings.z_loss * rows.norms[0] ** 2
+        if settings.z_loss:
+            # The slope of the normaliser is the share p of a token, as is what it loses below.
+            slopes = slopes - 2 * settings.z_loss * rows.norms[0]
         total, grads = _logit_grads(settings, rows, head, slopes, pick(weights), total)
         part = _hidden_grads(settings, student, grads).astype(hidden.dtype)
-        return (total, settings.put(hidden, part, index)), losses
+        return (total, settings.put(hidden, part, index)), (losses, z_losses)
 
     hidden = jnp.zeros((settings.rows, settings.chunks, weight.shape[axis]), student.hidden.dtype)
     total = _split(jnp.zeros(weight.shape, jnp.float32), 1 - axis, settings.shards)
     indices = jnp.arange(settings.chunks)
-    (total, hidden), losses = jax.lax.scan(chunk, (total, hidden), indices)
+    (total, hidden), (losses, z_losses) = jax.lax.scan(chunk, (total, hidden), indices)
     total = total.reshape(weight.shape).astype(weight.dtype)
-    return settings.merge(losses.T), Head(settings.merge(hidden), total, tied=tied)
+    values = settings.merge(losses.T), settings.merge(z_losses.T)
+    return values, Head(settings.merge(hidden), total, tied=tied)
 
 
 def _hidden_grads(settings: _Settings, head: Head, grads: Array) -> Array:
@@ -496,15 +502,15 @@ def _logit_grads(
 def _total(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any, weights: Array
 ) -> tuple[Array, Array]:
-    values = _values(settings, student, teacher, rest)
-    return (weights * values).sum(), values
+    values, z_losses = _values(settings, student, teacher, rest)
+    return (weights * (values + z_losses)).sum(), values
 
 
 def _total_forward(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any, weights: Array
 ) -> tuple[tuple[Array, Array], Any]:
-    values, grads = _values_and_grads(settings, student, teacher, rest, weights)
-    return ((weights * values).sum(), values), (grads, values)
+    (values, z_losses), grads = _values_and_grads(settings, student, teacher, rest, weights)
+    return ((weights * (values + z_losses)).sum(), values), (grads, values + z_losses)
 
 
 def _total_backward(_: _Settings, kept: Any, cotangents: tuple[Array, Array]) -> Any:
@@ -518,13 +524,13 @@ _total.defvjp(_total_forward, _total_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _each(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> Array:
-    return _values(settings, student, teacher, rest)
+    return _values(settings, student, teacher, rest)[0]
 
 
 def _each_forward(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any
 ) -> tuple[Array, Any]:
-    return _values(settings, student, teacher, rest), (student, teacher, rest)
+    return _values(settings, student, teacher, rest)[0], (student, teacher, rest)
 
 
 def _each_backward(settings: _Settings, kept: Any, cotangents: Array) -> Any:
@@ -537,7 +543,7 @@ _each.defvjp(_each_forward, _each_backward)
 
 
 def _flat(
-    student: Head, teacher: Teacher, terms: Terms, tokens: int, shards: int
+    student: Head, teacher: Teacher, terms: Terms, tokens: int, shards: int, z_loss: float = 0.0
 ) -> tuple[_Settings, Head, Teacher, tuple[int, ...]]:
     """One axis of N tokens for all, and the shape to go back to."""
     shape = student.hidden.shape[:-1]
@@ -553,11 +559,11 @@ def _flat(
             raise ValueError(f"an array of shape {x.shape} for tokens of shape {shape}")
         return x.reshape(count, *x.shape[len(shape) :])
 
-    settings = _Settings(terms, count, tokens, shards)
+    settings = _Settings(terms, count, tokens, shards, z_loss)
     return settings, student.pick(flat), teacher.pick(flat), shape
 
 
-@partial(jax.jit, static_argnames=("terms", "tokens", "vocab_shards"))
+@partial(jax.jit, static_argnames=("terms", "tokens", "vocab_shards", "z_loss"))
 def chunked_loss(
     student: Head,
     teacher: Teacher,
@@ -568,6 +574,7 @@ def chunked_loss(
     vocab_mask: Array | None = None,
     tokens: int = TOKENS,
     vocab_shards: int = 1,
+    z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
     """`Σ_i weights_i · loss_i` over tokens; its gradient is computed along with it.
 
@@ -585,6 +592,8 @@ def chunked_loss(
         vocab_mask: bool[V], False for padded columns, which neither side may use.
         tokens: at most so many have logits at once.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
+        z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
+            sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.
 
     Returns:
         float32[] sum, and float32[...] the losses of the tokens, stopped and without weights (for
@@ -593,7 +602,7 @@ def chunked_loss(
     Raises:
         ValueError: shapes or sizes that do not fit.
     """
-    settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
+    settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards, z_loss)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
     results: Any = _total(settings, student, teacher, rest, weights)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from egjax.losses.reductions import token_logps
 
-__all__ = ["sft"]
+__all__ = ["sft", "z_loss"]
 
 Array = jax.Array
 
@@ -36,3 +36,21 @@ def sft(
         float32[..., T], 0 where the mask is False.
     """
     return jnp.where(mask, -weights * token_logps(logits, targets, vocab_mask), 0.0)
+
+
+@jax.jit
+def z_loss(logits: Array, mask: Array, vocab_mask: Array | None = None) -> Array:
+    """Squared log-normaliser per token, `(log Σ_v exp ℓ_v)²`: added with a small weight (1e-4) it
+    keeps logits from drifting (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+
+    Args:
+        logits: [..., T, V], any float type.
+        mask: bool[..., T], True for the tokens that count.
+        vocab_mask: bool[V], False for padded columns.
+
+    Returns:
+        float32[..., T], 0 where the mask is False.
+    """
+    wide = logits.astype(jnp.float32)
+    allowed = wide if vocab_mask is None else jnp.where(vocab_mask, wide, -jnp.inf)
+    return jnp.where(mask, jax.nn.logsumexp(allowed, axis=-1) ** 2, 0.0)

@@ -66,7 +66,10 @@ def matrix_rate(size: int = 4096, dtype: str = "bfloat16", *, repeats: int = 5) 
     def run(x: jax.Array) -> jax.Array:
         # Each product needs the one before, so that none is left out or done beside another.
         return jax.lax.fori_loop(
-            0, count, lambda _, y: jnp.dot(y, x, preferred_element_type=jnp.float32).astype(dtype), x
+            0,
+            count,
+            lambda _, y: jnp.dot(y, x, preferred_element_type=jnp.float32).astype(dtype),
+            x,
         )
 
     run(x).block_until_ready()

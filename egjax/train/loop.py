@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from egjax.errors import NotFiniteError, require
@@ -196,7 +198,7 @@ def _check_finite(metrics: dict[str, jax.Array], step: int, title: str) -> None:
 
 
 def _at_step(state: TrainState, step: int) -> TrainState:
-    return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
+    return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
 
 
 class _Store:
@@ -236,7 +238,7 @@ class _Store:
         try:
             note = restored[_DATA]
             batches.set_state(note["batches"])
-            data = np.asarray(note["key"], np.uint32)
+            data = jnp.asarray(note["key"], jnp.uint32)
         except (KeyError, TypeError) as error:
             raise unreadable(self._directory, error) from error
         return restored[_STATE], jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))

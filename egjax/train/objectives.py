@@ -35,6 +35,7 @@ from egjax.losses import (
     sft,
     token_logps,
 )
+from egjax.losses import z_loss as squared_normaliser
 from egjax.mesh import mesh_in_use
 from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn
@@ -140,12 +141,20 @@ def _by_device(chunked: Callable[..., Any], student: Head, others: Any, whole: A
 
 
 def _weighted_sum(
-    student: Head, teacher: Any, weights: Array, terms: Terms, vocab_mask: Array | None
+    student: Head,
+    teacher: Any,
+    weights: Array,
+    terms: Terms,
+    vocab_mask: Array | None,
+    *,
+    z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
     """`chunked_loss` on the mesh in use: the sum, and the losses of the tokens."""
 
     def chunked(student: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
-        total, losses = chunked_loss(student, *others, terms=terms, vocab_mask=mask, **sizes)
+        total, losses = chunked_loss(
+            student, *others, terms=terms, vocab_mask=mask, z_loss=z_loss, **sizes
+        )
         return total[None], losses
 
     totals, losses = _by_device(chunked, student, (teacher, weights), vocab_mask)
@@ -168,12 +177,13 @@ def _masked_sum(values: Array, mask: Array) -> Array:
     return jnp.where(mask, values, 0.0).sum()
 
 
-def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
+def next_token(apply: Apply, *, vocab_mask: Array | None = None, z_loss: float = 0.0) -> LossFn:
     """Pretraining and multi-task SFT: `-Σ α_v log π(y_m | y_<m, x)` per counted token.
 
     Args:
         apply: the model.
         vocab_mask: bool[V], False for padded columns.
+        z_loss: weight of `egjax.losses.z_loss` in each token's loss.
 
     Returns:
         Loss over `TokenBatch`; metrics: nll (without the weights α_v), accuracy (of the most
@@ -186,7 +196,12 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
         if isinstance(logits, Head):
             weights = jnp.where(batch.mask, batch.weights, 0.0)
             total, nll = _weighted_sum(
-                logits, Targets(batch.targets), weights, forward_kl_terms, vocab_mask
+                logits,
+                Targets(batch.targets),
+                weights,
+                forward_kl_terms,
+                vocab_mask,
+                z_loss=z_loss,
             )
             return total, count, {"nll": (_masked_sum(nll, batch.mask), count)}
         nll = sft(logits, batch.targets, batch.mask, vocab_mask=vocab_mask)
@@ -196,7 +211,10 @@ def next_token(apply: Apply, *, vocab_mask: Array | None = None) -> LossFn:
             "nll": (nll.sum(), count),
             "accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
         }
-        return (batch.weights * nll).sum(), count, metrics
+        losses = nll
+        if z_loss:
+            losses = nll + z_loss * squared_normaliser(logits, batch.mask, vocab_mask)
+        return (batch.weights * losses).sum(), count, metrics
 
     return loss_fn
 
@@ -341,12 +359,12 @@ def preference_with_initial(
     Args:
         apply: the model.
         loss: e.g. `lambda p: dpo_paper(p.chosen, p.rejected, beta=0.1)`.
-        kl_weight: λ ≥ 0.
+        kl_weight: λ ≥ 0; the KL is not computed at 0.
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
         Loss over `PairBatch` or `SharedPairBatch`, per pair, whose step takes the parameters of π₀
-        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion).
+        as `frozen`; metrics as in `egjax.losses.Metrics`, and kl (nats per completion) if λ > 0.
     """
 
     def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Params):
@@ -357,6 +375,9 @@ def preference_with_initial(
         logps, lengths = _sequence_logps(logits, rows, vocab_mask)
         losses, metrics = loss(PairLogps(*_halves(logps), *_halves(lengths), *_halves(ref_logps)))
         count = batch.mask.sum()
+        if not kl_weight:
+            total = _masked_sum(losses, batch.mask)
+            return total, count, _pair_metrics(metrics, batch.mask)
         if isinstance(logits, Head):
             counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
             penalty, kls = _weighted_sum(

@@ -158,7 +158,8 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         good = finite & (state.step >= 0)
         done = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-        kept = state.replace(step=jnp.where(state.step < 0, state.step, -1 - state.step))
+        marked = jnp.where(state.step < 0, state.step, -1 - state.step)
+        kept = TrainState(step=marked, params=state.params, opt_state=state.opt_state)
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), done, kept), metrics
 
     def placed(

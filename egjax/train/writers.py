@@ -69,7 +69,7 @@ def _tensorboard(directory: Path, title: str) -> Iterator[Log]:
 
 @contextmanager
 def _wandb(directory: Path, title: str) -> Iterator[Log]:
-    library = require("wandb", "log")
+    library = require("wandb", "wandb")
     directory.mkdir(parents=True, exist_ok=True)
     run = library.init(
         project="egjax",

@@ -86,7 +86,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, module, arguments, mess
 
 def test_every_script_tells_its_options():
     scripts = [p.stem for p in (ROOT / "experiments").glob("*.py")]
-    helpers = {"__init__", "common", "data", "experience", "models", "shards", "training"}
+    helpers = {
+        "__init__",
+        "common",
+        "data",
+        "experience",
+        "models",
+        "own",
+        "shards",
+        "training",
+    }
     for module in sorted(set(scripts) - helpers):
         done = call(module, "--help")
         assert done.returncode == 0, module
@@ -176,7 +185,15 @@ def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):
     assert {name.split("/")[0] for name in before} >= {"tasks", "collect", "text", "seed0"}
 
 
-PROVENANCE = {"seconds", "steps_per_second", "started", "command", "commit", "dirty"}
+PROVENANCE = {
+    "seconds",
+    "steps_per_second",
+    "tokens_per_second",
+    "started",
+    "command",
+    "commit",
+    "dirty",
+}
 
 
 def contents(run: Path) -> dict[str, object]:

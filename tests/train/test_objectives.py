@@ -211,6 +211,28 @@ def headed(params, tokens, positions, segment_ids):
     return losses.Head(x, params["out"])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_loss_is_the_squared_normaliser_and_the_same_in_chunks(masked):
+    params, batch = jax.tree.map(lambda x: 3 * x, init(3)), pack(samples(4), 16)
+    mask = jnp.arange(VOCAB) < VOCAB - 2 if masked else None
+    found = []
+    for model in (apply, headed):
+        plain = next_token(model, vocab_mask=mask)
+        with_z = next_token(model, vocab_mask=mask, z_loss=0.3)
+        value, grads = jax.value_and_grad(lambda p, f=with_z: f(p, batch, KEY, None)[0])(params)
+        found.append((value, {k: g for k, g in grads.items() if k != "out_bias"}))
+        metrics = with_z(params, batch, KEY, None)[2]
+        np.testing.assert_allclose(metrics["nll"], plain(params, batch, KEY, None)[2]["nll"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+    logits = np.asarray(apply(params, batch.tokens, batch.positions, batch.segment_ids))
+    logits = logits[..., : VOCAB - 2] if masked else logits
+    extra = batch.weights * batch.mask * np.log(np.exp(logits).sum(-1)) ** 2
+    want = (
+        float(next_token(apply, vocab_mask=mask)(params, batch, KEY, None)[0]) + 0.3 * extra.sum()
+    )
+    np.testing.assert_allclose(found[0][0], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["next_token", "distill", "preference", "with_initial"])
 def test_models_that_give_heads_train_alike(name):
     def build(model):

@@ -95,7 +95,7 @@ def test_completions_do_not_see_each_other_and_padding_never_matters():
 
 @pytest.mark.parametrize("pairs", [[], [Pair([], [1], [2])], [Pair([1], [], [2])]])
 def test_pairs_without_tokens_are_told(pairs):
-    with pytest.raises(EgjaxError, match="no preference pair|has no token"):
+    with pytest.raises(EgjaxError, match=r"no preference pair|has no token"):
         share_prompts(pairs)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 from train_toy import apply, batches, init
 
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, NotFiniteError
+from egjax.train import loop as loop_module
 from egjax.train import progress as progress_module
 from egjax.train.checkpoint import load_params, read_metadata, save_params
-from egjax.train.loop import fit
+from egjax.train.loop import Work, fit
 from egjax.train.objectives import next_token
 from egjax.train.optim import OptimConfig, make_optimizer
 from egjax.train.signals import StopFlag, stop_on_signals
@@ -116,14 +118,20 @@ def test_damaged_or_foreign_checkpoints_are_told(tmp_path):
         fit(other, STEP, batches(), num_steps=4, key=jax.random.key(0), directory=tmp_path / "b")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(
+    tmp_path, whole, log_every
+):
     run(tmp_path, num_steps=4)
     data = batches()
 
     class Bad:
+        """One batch that gives NaN, good ones before and after it."""
+
         def __next__(self):
+            bad = data.get_state() == {"batches": 6}
             batch = next(data)
-            return batch.replace(weights=np.full_like(batch.weights, np.nan))
+            return batch.replace(weights=batch.weights * np.nan) if bad else batch
 
         def get_state(self):
             return data.get_state()
@@ -131,16 +139,47 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
         def set_state(self, state):
             data.set_state(state)
 
-    with pytest.raises(EgjaxError, match="loss is nan at step 5"):
+    with pytest.raises(NotFiniteError, match="loss is nan at step 7") as found:
         fit(
             init_state(init(), TX),
             STEP,
             Bad(),
-            num_steps=8,
+            num_steps=12,
             key=jax.random.key(5),
             directory=tmp_path,
+            log_every=log_every,
         )
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert found.value.exit_code == 3
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    # With the data mended the run goes on from the step before, as if nothing had happened.
+    same(run(tmp_path).state, whole.state)
+
+
+def test_a_resumed_run_keeps_its_key(tmp_path):
+    def noisy(params, batch, key, frozen):
+        return (params["w"] * jax.random.normal(key)).sum(), 1.0, {}
+
+    step = make_train_step(noisy, TX)
+
+    def go(directory, num_steps, seed):
+        start = init_state({"w": jnp.ones(2)}, TX)
+        key = jax.random.key(seed)
+        return fit(start, step, batches(), num_steps=num_steps, key=key, directory=directory)
+
+    want = go(None, 6, 1).state
+    go(tmp_path, 3, 1)
+    same(go(tmp_path, 6, 2).state, want)
+
+
+def test_rates_are_logged(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loop_module, "progress", lambda *_: nullcontext(lambda *_: None))
+    run(tmp_path, num_steps=2, work=lambda batch: Work(10.0, 500.0), peak=1000.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens_per_second"] for line in lines] == [10.0, 10.0]
+    assert [line["mfu"] for line in lines] == [0.5, 0.5]
+    assert {"loss", "grad_norm", "param_norm", "update_norm"} <= lines[0].keys()
 
 
 SIGNALLED = """

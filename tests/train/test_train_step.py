@@ -13,7 +13,7 @@ from train_toy import apply, batches, init
 
 from egjax.errors import EgjaxError
 from egjax.train.objectives import next_token
-from egjax.train.optim import OptimConfig, decays, make_optimizer, warmup_cosine
+from egjax.train.optim import SCHEDULES, OptimConfig, decays, make_optimizer, warmup_cosine
 from egjax.train.step import init_state, make_train_step
 
 
@@ -27,6 +27,24 @@ def test_schedule_warms_up_and_decays():
     assert (np.diff(values[10:]) <= 0).all()
     constant = warmup_cosine(OptimConfig(learning_rate=1.0, warmup=0.0, final=1.0), 10)
     np.testing.assert_allclose([constant(i) for i in range(10)], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        # At the steps 9 (peak), 45, 79, 90 and 100 of 100, peak 1, warm-up 0.1, final 0.2.
+        ("cosine", [1.0, 0.2 + 0.8 * (1 + np.cos(np.pi * 35 / 90)) / 2, None, None, 0.2]),
+        ("linear", [1.0, 1 - 0.8 * 35 / 90, None, None, 0.2]),
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("wsd", [1.0, 1.0, 1.0, 0.6, 0.2]),
+    ],
+)
+def test_schedules_by_name(name, want):
+    rate = SCHEDULES[name](OptimConfig(learning_rate=1.0, warmup=0.1, final=0.2, decay=0.2), 100)
+    np.testing.assert_allclose([rate(0), rate(4)], [0.1, 0.5], rtol=1e-6)
+    for step, value in zip((9, 45, 79, 90, 100), want):
+        if value is not None:
+            np.testing.assert_allclose(rate(step), value, rtol=1e-6)
 
 
 def test_norms_and_biases_do_not_decay():
@@ -121,6 +139,20 @@ def test_a_step_leaves_the_first_parameters_alone():
     step = make_train_step(next_token(apply), tx)
     step(init_state(params, tx), next(batches()), jax.random.key(0), params)
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it():
+    tx = make_optimizer(OptimConfig(), 10)
+    step, data = make_train_step(next_token(apply), tx), batches()
+    state, _ = step(init_state(init(), tx), next(data), jax.random.key(0))
+    want = jax.tree.map(np.asarray, state)
+    batch = next(data)
+    state, metrics = step(state, batch.replace(weights=batch.weights * np.inf), jax.random.key(0))
+    assert not np.isfinite(metrics["loss"])
+    for _ in range(2):
+        assert int(state.step) == -2
+        jax.tree.map(np.testing.assert_array_equal, state.replace(step=want.step), want)
+        state, _ = step(state, next(data), jax.random.key(0))
 
 
 def test_a_batch_that_counts_nothing_changes_nothing():

@@ -1,0 +1,233 @@
+"""One's own models and data in the training stages: where they are, that they fit, what comes out.
+
+A model is a Hugging Face folder (config.json, safetensors, tokenizer.json, with or without a chat
+template), or a stage's folder of a run, e.g. `runs/quick/seed0/sft`. What is trained from it is
+such a folder again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from egjax.errors import EgjaxError
+from egjax.lm import hf
+from egjax.lm.config import LlamaConfig
+from egjax.lm.generate import check_vocabularies
+from egjax.lm.template import ChatTemplate
+from egjax.lm.tokenizer import Tokenizer
+from egjax.train.checkpoint import read_metadata
+from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
+from experiments.models import Model
+from experiments.models import load as load_run_model
+from experiments.training import MODEL, Training
+
+__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage"]
+
+T = TypeVar("T")
+_CONFIG = "config.json"
+# Written by transformers beside the weights; read as data, copied to what is trained.
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to start from, all but its weights.
+
+    Attributes:
+        folder: with its weights.
+        words: folder with its tokenizer.
+        config: its shapes.
+        tokenizer: its tokenizer.
+        template: its chat template.
+    """
+
+    folder: Path
+    words: Path
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    @classmethod
+    def at(cls, folder: Path) -> Start:
+        """Finds a model, reads what is small.
+
+        Raises:
+            EgjaxError: there is none, or its tokenizer has more tokens than it.
+        """
+        inside = model_folder(folder)
+        if (inside / _CONFIG).is_file():
+            words = inside
+            config = LlamaConfig.from_hf(_fields(inside), where=str(inside / _CONFIG))
+        else:
+            config = LlamaConfig.from_hf(read_metadata(inside)["config"], where=str(inside))
+            places = [parent / "text" / "tokenizer" for parent in inside.absolute().parents[:4]]
+            words = next((place for place in places if place.is_dir()), inside)
+        tokenizer = Tokenizer.load(words)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise EgjaxError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
+                where=str(folder),
+                remedy="they belong to different models",
+            )
+        return cls(inside, words, config, tokenizer, ChatTemplate.load(words))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names its files: small ones by content, weights by name, size and time."""
+        small = [p for p in (self.folder / _CONFIG, *self._beside()) if p.is_file()]
+        files = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
+        sizes = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return fingerprint([file_fingerprint(*small), sizes])
+
+    @property
+    def vocab_mask(self) -> jax.Array | None:
+        """bool[V], False for columns that no token has; None where there is none."""
+        count = self.tokenizer.vocab_size
+        return (
+            None if count == self.config.vocab_size else jnp.arange(self.config.vocab_size) < count
+        )
+
+    def load(self) -> Model:
+        """The weights."""
+        if (self.folder / _CONFIG).is_file():
+            config, params = hf.load(self.folder)
+            return Model(params, config, self.tokenizer.fingerprint)
+        return load_run_model(self.folder)
+
+    def write(self, folder: Path, model: Model) -> None:
+        """Writes a model trained from this one as a Hugging Face folder with the same tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self._beside():
+            shutil.copyfile(path, folder / path.name)
+        hf.save(folder, model.config, model.params)
+
+    def _beside(self) -> list[Path]:
+        return [self.words / name for name in _BESIDE if (self.words / name).is_file()]
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with weights: the one given, or `model` in it.
+
+    Raises:
+        EgjaxError: neither holds a model.
+    """
+    for place in (folder, folder / MODEL):
+        if (place / _CONFIG).is_file() or (place / "metadata").is_dir():
+            return place
+    raise EgjaxError(
+        "there is no model",
+        where=str(folder),
+        remedy="give a Hugging Face folder, or the folder of a stage of a run",
+    )
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EgjaxError(f"not JSON: {error}", where=str(folder / _CONFIG)) from error
+    if not isinstance(fields, dict):
+        raise EgjaxError("not a JSON object", where=str(folder / _CONFIG))
+    return fields
+
+
+def given(**options: Path | None) -> dict[str, Path]:
+    """Options that `--data` needs beside it.
+
+    Raises:
+        EgjaxError: one is missing.
+    """
+    for name, value in options.items():
+        if value is None:
+            raise EgjaxError(f"--{name.replace('_', '-')} is needed with --data")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_alike(starts: Mapping[str, Start], *, chat: bool) -> None:
+    """Refuses models that cannot be combined, before their weights are read.
+
+    Args:
+        starts: by name.
+        chat: the data hold messages, so that templates matter, too.
+
+    Raises:
+        EgjaxError: vocabularies, tokenizers or chat templates differ.
+    """
+    check_vocabularies(
+        {name: start.config.vocab_size for name, start in starts.items()},
+        {name: start.tokenizer.fingerprint for name, start in starts.items()},
+    )
+    templates = {name: start.template.fingerprint for name, start in starts.items()}
+    if chat and len(set(templates.values())) > 1:
+        listed = ", ".join(f"{name} has {value[:12]}" for name, value in templates.items())
+        raise EgjaxError(
+            f"chat templates differ: {listed}",
+            remedy="give all the same chat_template, or data of texts instead of messages",
+        )
+
+
+def fitting(
+    items: Sequence[T], lengths: Sequence[int], training: Training, start: Start
+) -> list[T]:
+    """What fits a row; the rest is told.
+
+    Args:
+        items: samples or pairs.
+        lengths: tokens of each.
+        training: says how long rows are.
+        start: the model.
+
+    Raises:
+        EgjaxError: rows longer than the model's context, or nothing fits.
+    """
+    if training.length > start.config.max_seq_len:
+        raise EgjaxError(
+            f"rows of {training.length} tokens exceed the model's context of "
+            f"{start.config.max_seq_len}",
+            where="--training.length",
+            remedy="shorten the rows",
+        )
+    kept = [item for item, length in zip(items, lengths) if length <= training.length + 1]
+    if not kept:
+        raise EgjaxError(
+            f"none of {len(items)} lines fits {training.length} tokens; "
+            f"the shortest has {min(lengths)}",
+            where="--training.length",
+        )
+    if len(kept) < len(items):
+        note(f"{len(items) - len(kept)} of {len(items)} lines exceed {training.length} tokens")
+    return kept
+
+
+def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Done:
+    """Runs a stage on one's own data; its inputs are the options, the data and the models."""
+    skip = {"run", "json", "log_to"}
+    options = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in skip
+    }
+    inputs = {
+        "options": options,
+        "data": file_fingerprint(config.data),
+        "models": {model: start.fingerprint for model, start in starts.items()},
+    }
+    with open_run(config.run):
+        done = Stage(config.run, f"seed{config.seed}/own_{name}", inputs).run(work)
+    note(f"the model is in {done.path / MODEL}; transformers and --model take it")
+    return done

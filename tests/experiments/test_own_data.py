@@ -1,0 +1,215 @@
+"""One's own JSON lines and Hugging Face models go through the training scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from egjax.errors import EgjaxError
+from egjax.lm import hf
+from egjax.lm.config import LlamaConfig
+from egjax.lm.params import init
+from egjax.lm.tokenizer import Tokenizer
+from experiments import distill, dpo, own, sft
+from experiments.training import Training
+
+ROOT = Path(__file__).parents[2]
+SHORT = Training(steps=3, batch=2, length=48, learning_rate=1e-2)
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["Walk to kitchen. Grab cup. user assistant"] * 4, vocab_size=280)
+
+
+def make(folder, tokenizer, seed, *, template=TEMPLATE, scale=1.0, **changes):
+    config = LlamaConfig(
+        vocab_size=283,  # three padded columns
+        hidden_size=8,
+        intermediate_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        max_seq_len=64,
+        bos_id=tokenizer.bos_id,
+        eos_ids=(tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+    )
+    config = replace(config, **changes)
+    params = jax.tree.map(lambda x: scale * x, init(jax.random.key(seed), config))
+    tokenizer.save(folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    hf.save(folder, config, params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tokenizer):
+    """A folder with models and data."""
+    home = tmp_path_factory.mktemp("own")
+    for seed, name in enumerate(("large", "expert", "anti")):
+        make(home / name, tokenizer, seed)
+    lines = {
+        "sft": [
+            {
+                "messages": [
+                    {"role": "user", "content": f"Go {i}"},
+                    {"role": "assistant", "content": "Walk."},
+                ]
+            }
+            for i in range(3)
+        ]
+        + [{"prompt": "Q:", "completion": " Grab cup."}, {"text": "Walk to kitchen. " * 40}],
+        "pairs": [
+            {"prompt": f"Q {i}: A:", "chosen": " Walk to kitchen.", "rejected": " Walk."}
+            for i in range(4)
+        ],
+    }
+    for name, rows in lines.items():
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def curve(done):
+    text = (done.path / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_sft_then_dpo_and_what_comes_out_is_a_hugging_face_model(home, tmp_path, capsys):
+    options = {"run": tmp_path / "run", "training": SHORT}
+    first = sft.own_stage(
+        sft.Config(data=home / "sft.jsonl", model=home / "large", z_loss=1e-3, **options)
+    )
+    assert "1 of 5 lines exceed 48 tokens" in capsys.readouterr().err
+    assert curve(first)[-1]["loss"] < curve(first)[0]["loss"]
+    assert curve(first)[-1]["tokens_per_second"] > 0
+    # A stage's folder serves as model.
+    second = dpo.own_stage(dpo.Config(data=home / "pairs.jsonl", model=first.path, **options))
+    assert curve(second)[-1]["margin"] > curve(second)[0]["margin"]
+    files = {path.name for path in (second.path / "model").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    config, params = hf.load(second.path / "model")
+    assert config == hf.load(home / "large")[0]
+    before = hf.load(first.path / "model")[1]
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), params, before)
+    assert all(jax.tree.leaves(changed))
+    again = dpo.own_stage(dpo.Config(data=home / "pairs.jsonl", model=first.path, **options))
+    assert again.kept
+    assert "the model is in" in capsys.readouterr().err
+
+
+def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    done = sft.own_stage(
+        sft.Config(data=home / "sft.jsonl", model=home / "large", run=tmp_path, training=SHORT)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(done.path / "model")
+    assert model.config.vocab_size == 283
+    words = transformers.AutoTokenizer.from_pretrained(done.path / "model")
+    assert words("Walk to kitchen.")["input_ids"] == tokenizer.encode("Walk to kitchen.")
+    assert words.chat_template == TEMPLATE
+
+
+def test_bfloat16_models_train_in_float32_and_stay_bfloat16(home, tmp_path, tokenizer):
+    folder = make(tmp_path / "small", tokenizer, 0, dtype="bfloat16")
+    # Steps far below the precision of bfloat16 around 1: they add up in the masters alone.
+    training = replace(SHORT, steps=8, learning_rate=1e-3, schedule="constant", accumulate=2)
+    done = sft.own_stage(
+        sft.Config(data=home / "sft.jsonl", model=folder, run=tmp_path / "r", training=training)
+    )
+    config, params = hf.load(done.path / "model")
+    assert config.dtype == "bfloat16"
+    norm = np.asarray(params["final_norm"], np.float32)
+    assert (norm != 1).any()
+
+
+def test_distillation_of_ones_own_models(home, tmp_path):
+    config = distill.Config(
+        data=home / "sft.jsonl",
+        large=home / "large",
+        expert=home / "expert",
+        anti_expert=home / "anti",
+        run=tmp_path,
+        training=SHORT,
+    )
+    done = distill.own_stage(config)
+    assert curve(done)[-1]["loss"] < curve(done)[0]["loss"]
+    assert (done.path / "model" / "model.safetensors").is_file()
+    with pytest.raises(EgjaxError, match="--expert is needed with --data"):
+        distill.own_stage(replace(config, expert=None))
+
+
+def test_models_that_do_not_fit_are_told_before_any_work(home, tmp_path, tokenizer):
+    base = distill.Config(
+        data=home / "sft.jsonl",
+        large=home / "large",
+        expert=home / "expert",
+        anti_expert=home / "anti",
+        run=tmp_path / "run",
+        training=SHORT,
+    )
+    other = make(tmp_path / "other", tokenizer, 3, template=TEMPLATE.replace("]", ")"))
+    with pytest.raises(EgjaxError, match="chat templates differ: πᴸ has"):
+        distill.own_stage(replace(base, large=other))
+    words = Tokenizer.train(["Eat. Sleep. Drink. Wake. Walk away."] * 4, vocab_size=280)
+    strange = make(tmp_path / "strange", words, 3)
+    with pytest.raises(EgjaxError, match="tokenizers differ"):
+        distill.own_stage(replace(base, large=strange))
+    deep = make(tmp_path / "deep", tokenizer, 3, num_layers=3)
+    with pytest.raises(EgjaxError, match="πᴱ and πᴺ are of different shapes"):
+        distill.own_stage(replace(base, expert=deep))
+    long = replace(SHORT, length=65)
+    with pytest.raises(EgjaxError, match="rows of 65 tokens exceed the model's context of 64"):
+        distill.own_stage(replace(base, training=long))
+    few = make(tmp_path / "few", tokenizer, 3, vocab_size=270)
+    with pytest.raises(EgjaxError, match="the tokenizer has 280 tokens, the model 270"):
+        own.Start.at(few)
+    with pytest.raises(EgjaxError, match=r"nowhere: there is no model"):
+        own.Start.at(tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def call(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ,
+        check=False,
+    )
+
+
+def test_a_bad_line_is_exit_code_2(home, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"a": 1}\n')
+    done = call("dpo", "--data", tmp_path / "x.jsonl", "--model", home / "large", "--run", tmp_path)
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "x.jsonl:2: the columns are a (give prompt, chosen and rejected" in line
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_3(home, tmp_path, tokenizer):
+    broken = make(tmp_path / "broken", tokenizer, 0, scale=1e30)
+    short = [f"--training.{k}={v}" for k, v in (("steps", 3), ("batch", 2), ("length", 48))]
+    arguments = ["--data", home / "sft.jsonl", "--model", broken, "--run", tmp_path / "run", *short]
+    done = call("sft", *arguments)
+    assert done.returncode == 3, done.stderr[-2000:]
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "is nan at step 1 (the state of step 0 is kept" in line
+    kept = tmp_path / "run" / "seed0" / "own_sft.unfinished" / "checkpoints"
+    assert [path.name for path in kept.iterdir()] == ["0"]
