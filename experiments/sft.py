@@ -28,7 +28,7 @@ from egjax.train.jsonl import read_samples
 from egjax.train.objectives import next_token
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import as_sample, load
+from experiments.models import apply_of, as_sample, load
 from experiments.text import load_samples
 from experiments.training import MODEL, LogTo, Training, figures, train
 
