@@ -16,12 +16,10 @@ are split over them.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +30,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
@@ -47,10 +46,20 @@ from egjax.search.household import Rewards, begin, household, same_state, steps_
 from egjax.search.label import Experience, LabelConfig, label
 from egjax.search.mcts import Outcome, SearchConfig, World, search, tree_bytes, tree_to_dict
 from egjax.sim.robothow import read_names
-from egjax.sim.text import Line, to_english
+from egjax.sim.text import Line, parse_line, to_english
 from egjax.train.progress import progress
 from egjax.types import Task
-from experiments.common import Done, Stage, atomic_path, emit, finished, note, open_run, run_main
+from experiments.common import (
+    Done,
+    Stage,
+    atomic_path,
+    divided,
+    emit,
+    finished,
+    note,
+    open_run,
+    run_main,
+)
 from experiments.data import HouseTask, assignments, load_tasks, make_task, programs
 
 __all__ = ["Config", "Found", "Problem", "find_plans", "shared_world", "stage"]
@@ -164,28 +173,81 @@ class Problem:
         return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(self.arrays[i] for i in rows))
 
 
-def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]:
-    """Searches all tasks in batches; every plan is replayed by the judge before it counts."""
+def find_plans(
+    problem: Problem, config: Config, *, labels: bool, folder: Path | None = None
+) -> list[Found]:
+    """Searches all tasks in batches; every plan is replayed by the judge before it counts.
+
+    With a folder the processes of a job divide the batches, and what was searched before a stop is
+    kept there, see `experiments.common.divided`.
+    """
     world = shared_world(config.rewards)
     starts = range(0, len(problem.tasks), config.batch)
-    found: list[Found] = []
-    # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
-    # first one alone compiles.
-    with progress("search", len(problem.tasks)) as update, ThreadPoolExecutor(_cores()) as pool:
-        first = _search_batch(problem, world, config, 0, labels=labels)
-        work = functools.partial(_search_batch, problem, world, config, labels=labels)
-        for part in itertools.chain([first], pool.map(work, starts[1:])):
-            found += part
-            update(len(found), f"{sum(f.report.solved for f in found)} solved")
-        rest = [row for row, one in enumerate(found) if not one.report.solved]
-        if config.second and rest:
-            again = functools.partial(_second_pass, problem, world, config)
-            for row, one in zip(rest, pool.map(again, rest, [found[r] for r in rest]), strict=True):
-                found[row] = one
-        if config.shorten:
-            shorter = functools.partial(_shorten, problem, world, config)
-            found = list(pool.map(shorter, range(len(found)), found))
+
+    def share(name: str, units: dict[str, Callable[[], list[Found]]]) -> list[Found]:
+        """One part of the work; a batch keeps one core busy, so several run side by side."""
+        tally = []
+        with progress(name, len(problem.tasks)) as update:
+
+            def done(part: list[Found]) -> None:
+                tally.extend(one.report.solved for one in part)
+                update(len(tally), f"{sum(tally)} solved")
+
+            parts = divided(
+                folder and folder.with_name(f"{folder.name}_{name}"),
+                units,
+                at=name,
+                workers=_cores(),
+                dump=lambda part: [_plain_found(one) for one in part],
+                load=lambda rows: [_found_again(row) for row in rows],
+                done=done,
+            )
+        return [one for part in parts for one in part]
+
+    batch = functools.partial(_search_batch, problem, world, config, labels=labels)
+    found = share("search", {str(start): functools.partial(batch, start) for start in starts})
+    rest = [row for row, one in enumerate(found) if not one.report.solved]
+    if config.second and rest:
+        again = functools.partial(_second_pass, problem, world, config)
+        units = {str(row): functools.partial(_alone, again, row, found[row]) for row in rest}
+        for row, one in zip(rest, share("second", units), strict=True):
+            found[row] = one
+    if config.shorten:
+        shorter = functools.partial(_shorten, problem, world, config)
+        units = {str(r): functools.partial(_alone, shorter, r, f) for r, f in enumerate(found)}
+        found = share("shortening", units)
     return found
+
+
+def _alone(work: Callable[[int, Found], Found], row: int, found: Found) -> list[Found]:
+    return [work(row, found)]
+
+
+def _plain_found(found: Found) -> dict[str, Any]:
+    """What JSON can hold of it."""
+    return asdict(replace(found, report=found.report, plan=[], labelled=None)) | {
+        "plan": [str(line) for line in found.plan],
+        "labelled": found.labelled
+        and {kind: [list(map(str, p)) for p in plans] for kind, plans in found.labelled.items()},
+    }
+
+
+def _found_again(row: dict[str, Any]) -> Found:
+    """The inverse of `_plain_found`."""
+
+    def lines(plan: list[str]) -> list[Line]:
+        return [parse_line(text) for text in plan]
+
+    labelled = row["labelled"]
+    return Found(
+        **{
+            **row,
+            "report": SearchedTask(**row["report"]),
+            "plan": lines(row["plan"]),
+            "labelled": labelled
+            and {kind: [lines(plan) for plan in plans] for kind, plans in labelled.items()},
+        }
+    )
 
 
 # One world for equal rewards, and one `begin`: a new function would be compiled again.
@@ -199,8 +261,8 @@ def _cores() -> int:
 
 @functools.cache
 def _mesh() -> Mesh | None:
-    """All devices, to split the tasks of a batch over; None where there is one."""
-    return make_mesh() if jax.device_count() > 1 else None
+    """This process' devices, to split the tasks of a batch over; None where there is one."""
+    return make_mesh(devices=jax.local_devices()) if jax.local_device_count() > 1 else None
 
 
 def _batch(config: Config) -> int:
@@ -345,7 +407,8 @@ def stage(config: Config, tasks: Done) -> Done:
     inputs = {k: v for k, v in vars(config).items() if k not in _NO_INPUT}
     inputs["rewards"] = list(config.rewards)
     inputs["tasks"] = tasks.fingerprint
-    return Stage(config.run, "collect", inputs).run(lambda out: _work(config, tasks.path, out))
+    found = Stage(config.run, "collect", inputs, by="all")
+    return found.run(lambda out: _work(config, tasks.path, out))
 
 
 def _work(config: Config, tasks_path: Path, out: Path) -> None:
@@ -356,7 +419,9 @@ def _work(config: Config, tasks_path: Path, out: Path) -> None:
         if task.split == "train"
     ]
     problem = Problem(tasks, config.instances)
-    found = find_plans(problem, config, labels=True)
+    found = find_plans(problem, config, labels=True, folder=out / "parts")
+    if hosts.index() > 0:
+        return
     trajectories, pairs = _experience(problem, found, record["goals"], config)
     if not pairs:
         raise EgjaxError("the search solved no training task", remedy="give it more simulations")

@@ -99,7 +99,7 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
             frozen=frozen,
         )
 
-    return Stage(config.run, f"seed{config.seed}/distill", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/distill", inputs, by="all").run(work)
 
 
 def main(config: Config) -> None:

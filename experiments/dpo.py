@@ -82,7 +82,7 @@ def stage(config: Config, text: Done, distilled: Done) -> Done:
             frozen=placed(model, mesh_for(config.training.batch)),
         )
 
-    return Stage(config.run, f"seed{config.seed}/dpo", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/dpo", inputs, by="all").run(work)
 
 
 def _pairs(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) -> PairBatch:

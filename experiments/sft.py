@@ -77,7 +77,7 @@ def stage(config: Config, text: Done, small: Done) -> Done:
         loss = next_token(apply_of(model.config))
         train(model, loss, table, config.training, seed=config.seed, out=out, title="sft")
 
-    return Stage(config.run, f"seed{config.seed}/sft", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/sft", inputs, by="all").run(work)
 
 
 def main(config: Config) -> None:

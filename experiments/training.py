@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from egjax import hosts
+from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.lm.params import shardings
-from egjax.mesh import batch_sharding, make_mesh
+from egjax.mesh import batch_sharding, make_mesh, place
 from egjax.train.data import Shuffled
 from egjax.train.loop import fit
 from egjax.train.optim import OptimConfig, make_optimizer
@@ -74,11 +77,12 @@ def train(
     tx = make_optimizer(OptimConfig(learning_rate=config.learning_rate), config.steps)
     mesh = mesh_for(config.batch)
     state = state_shardings(tx, model.params, shardings(model.config, mesh), mesh)
-    with save_then_stop() as stop:
+    with save_then_stop() as asked:
+        stop = hosts.Agreed(asked, str(out))
         result = fit(
             init_state(placed(model, mesh), tx, state),
             make_train_step(loss, tx, shardings=state, batch_sharding=batch_sharding(mesh)),
-            Shuffled(table, config.batch, seed),
+            Shuffled(table, config.batch, seed, batch_sharding(mesh)),
             num_steps=config.steps,
             key=jax.random.key(seed),
             frozen=frozen,
@@ -88,17 +92,32 @@ def train(
             stop=stop,
             title=title,
         )
+        stop.close()
+    if not result.finished:  # another process was asked, and all have saved and left
+        signal.raise_signal(signal.SIGTERM)
     save(out / MODEL, model._replace(params=result.state.params))
 
 
 def mesh_for(batch: int) -> Mesh:
-    """All devices along `data`, as far as they divide a batch."""
-    return make_mesh(data=math.gcd(batch, jax.device_count()))
+    """All devices along `data`, as far as they divide a batch; as many of each process."""
+    size = math.gcd(batch, jax.device_count())
+    each, rest = divmod(size, jax.process_count())
+    if rest:
+        raise EgjaxError(
+            f"a batch of {batch} does not split over {jax.process_count()} processes",
+            remedy="let the batch be a multiple of the number of processes",
+        )
+    chosen = [
+        device
+        for process in range(jax.process_count())
+        for device in [d for d in jax.devices() if d.process_index == process][:each]
+    ]
+    return make_mesh(devices=chosen)
 
 
 def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
-    return jax.device_put(model.params, shardings(model.config, mesh))
+    return place(model.params, shardings(model.config, mesh))
 
 
 def figures(done: Done, stage: str) -> list[Figure]:
