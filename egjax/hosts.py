@@ -188,7 +188,12 @@ def start_hosts(
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator, hosts, index, initialization_timeout=300, heartbeat_timeout_seconds=100
+            coordinator,
+            hosts,
+            index,
+            cluster_detection_method="deactivate",  # Slurm's would show each process one GPU only
+            initialization_timeout=300,
+            heartbeat_timeout_seconds=100,
         )
     except (RuntimeError, ValueError) as error:
         raise EgjaxError(
