@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -85,7 +86,11 @@ def run_main(
 
     With `EGJAX_MULTI_HOST=1` the processes of a multi-host job are connected first, with `auto`
     where there is such a job (a TPU pod, Slurm, Open MPI); process 0 alone prints results. With
-    `EGJAX_TRACEBACK=1` what the user can mend comes with its traceback, too.
+    `EGJAX_TRACEBACK=1` what the user can mend comes with its traceback, too. `EGJAX_COSTS=FILE`
+    asks for seconds of compilation and peak memory, as JSON.
+
+    Every script knows `--profile FOLDER` beside its own options: a trace of the whole run by
+    `jax.profiler`, for Perfetto (`perfetto_trace.json.gz`) and XProf.
 
     Args:
         main: the experiment; its module's docstring is the help.
@@ -93,14 +98,19 @@ def run_main(
         argv: arguments, those of the process by default.
     """
     tyro = require("tyro", "cli")
-    help_text = sys.modules[main.__module__].__doc__
+    folder, argv = _profile_option(sys.argv[1:] if argv is None else argv)
+    help_text = (
+        f"{sys.modules[main.__module__].__doc__}\n"
+        "`--profile FOLDER` (every script): writes a trace for Perfetto and XProf there."
+    )
     for signum in _SIGNALS:
         signal.signal(signum, _stop)
     try:
         options = tyro.cli(config, args=argv, description=help_text, prog=_command())
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
-        code = main(options) or 0
+        with _profile(folder), _costs(os.environ.get("EGJAX_COSTS")):
+            code = main(options) or 0
         sys.stdout.flush()
         hosts.finish()
     except KeyboardInterrupt as stopped:
@@ -127,6 +137,53 @@ def run_main(
         code = 2
         _leave(code, line)
     sys.exit(code)
+
+
+def _profile_option(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The folder that `--profile` names, and the other arguments."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--profile" and equals:
+            return Path(value), argv[:i] + argv[i + 1 :]
+        if name == "--profile":
+            if i + 1 == len(argv):
+                note("error: --profile needs a folder")
+                sys.exit(2)
+            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
+    return None, argv
+
+
+@contextlib.contextmanager
+def _profile(folder: Path | None) -> Iterator[None]:
+    """Writes a trace of its block, also where the block is stopped; nothing without a folder."""
+    if folder is None:
+        yield
+        return
+    with jax.profiler.trace(str(folder), create_perfetto_trace=hosts.index() == 0):
+        yield
+    found = sorted(folder.rglob("perfetto_trace.json.gz"))
+    note(f"profile: {found[-1] if found else folder} (https://ui.perfetto.dev, or xprof {folder})")
+
+
+@contextlib.contextmanager
+def _costs(path: str | None) -> Iterator[None]:
+    """Writes what its block cost beside time: compilation and memory."""
+    seconds = []
+    if path is not None:
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            del kwargs
+            if event == "/jax/core/compile/backend_compile_duration":
+                seconds.append(duration_secs)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        if path is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found = {"compile_seconds": sum(seconds), "compilations": len(seconds)}
+            write_atomic(Path(path), json.dumps({**found, "peak_bytes": peak}) + "\n")
 
 
 def _join() -> None:
