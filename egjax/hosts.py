@@ -58,10 +58,11 @@ LOST = 3
 
 PREFLIGHT = 60.0
 """Seconds in which all processes have to be there and alike."""
-STAGE = 24 * 3600.0
-"""Seconds that a barrier waits while another process works; one that dies is noticed before."""
-SILENCE = 40.0
-"""Seconds without a sign of life after which a process counts as gone."""
+STAGE = float(os.environ.get("EGJAX_PATIENCE") or 12 * 3600)
+"""Seconds that a barrier waits while another process works, `EGJAX_PATIENCE`; one that dies is
+noticed before."""
+SILENCE = float(os.environ.get("EGJAX_SILENCE") or 40.0)
+"""Seconds without a sign of life after which a process counts as gone; `EGJAX_SILENCE` sets it."""
 _BEAT = 2.0  # seconds between two signs of life
 _PACKAGES = ("egjax", "jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "orbax-checkpoint")
 
@@ -192,7 +193,7 @@ def start_hosts(
             hosts,
             index,
             cluster_detection_method="deactivate",  # Slurm's would show each process one GPU only
-            initialization_timeout=300,
+            initialization_timeout=round(PREFLIGHT),
             heartbeat_timeout_seconds=100,
         )
     except (RuntimeError, ValueError) as error:

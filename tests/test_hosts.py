@@ -127,9 +127,12 @@ def test_where_a_process_stands_comes_from_the_environment(monkeypatch):
     assert None in hosts.find()  # no pod, no Slurm
 
 
-def toy(run: Path, count: int, *arguments: object, devices: int = 1) -> list[subprocess.Popen]:
+def toy(
+    run: Path, count: int, *arguments: object, devices: int = 1, **environment: str
+) -> list[subprocess.Popen]:
     command = ["tests/job_toy.py", "--run", str(run), *map(str, arguments)]
-    return launch(command, count, devices=devices, logs=run.with_suffix(".logs"))
+    logs = run.with_suffix(".logs")
+    return launch(command, count, devices=devices, logs=logs, **environment)
 
 
 def said(run: Path) -> str:
@@ -212,6 +215,32 @@ def test_a_killed_process_is_told_by_the_others_and_the_run_goes_on(tmp_path, al
     assert "process 0" in said(run) or "no sign of life" in said(run) or "leader" in said(run)
     assert codes(toy(run, 2), 200) == [0, 0], said(run)
     close(run, alone)
+
+
+@pytest.mark.slow
+def test_random_kills_lose_little_and_double_nothing(tmp_path, alone):
+    """EGJAX_KILLS of them (3, if it is not set), of one process or all, at random steps."""
+    run, every, rng = tmp_path / "run", 5, np.random.default_rng(0)
+    settings = ("--pause", 0.2, "--save-every", every)
+    for _ in range(int(os.environ.get("EGJAX_KILLS", 3))):
+        at = saved(run)
+        processes = toy(run, 2, *settings, EGJAX_SILENCE="10")
+        until_step(run, min(at + int(rng.integers(1, 2 * every)), 39))
+        seen = steps(run)[-1]
+        victims = processes if rng.random() < 0.3 else [processes[int(rng.integers(2))]]
+        for victim in victims:
+            victim.kill()
+        assert all(codes(processes, 120)), said(run)
+        # The save of the last interval may have been on its way to the disk.
+        assert saved(run) >= seen - 2 * every
+    assert codes(toy(run, 2, *settings), 200) == [0, 0], said(run)
+    close(run, alone)
+
+
+def saved(run: Path) -> int:
+    """Step of the latest complete checkpoint."""
+    found = run.glob("toy.unfinished/checkpoints/*")
+    return max((int(p.name) for p in found if p.name.isdecimal()), default=0)
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def load(
                 remedy="the tokenizer belongs to another model",
             )
         config = replace(config, vocab_size=vocab_size)
-    device = SingleDeviceSharding(jax.devices()[0])
+    device = SingleDeviceSharding(jax.local_devices()[0])
     placements = (
         jax.tree.map(lambda _: device, table(config)) if mesh is None else shardings(config, mesh)
     )
