@@ -61,7 +61,7 @@ PREFLIGHT = 60.0
 STAGE = float(os.environ.get("EGJAX_PATIENCE") or 12 * 3600)
 """Seconds that a barrier waits while another process works, `EGJAX_PATIENCE`; one that dies is
 noticed before."""
-SILENCE = float(os.environ.get("EGJAX_SILENCE") or 40.0)
+SILENCE = float(os.environ.get("EGJAX_SILENCE") or 60.0)
 """Seconds without a sign of life after which a process counts as gone; `EGJAX_SILENCE` sets it."""
 _BEAT = 2.0  # seconds between two signs of life
 _PACKAGES = ("egjax", "jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "orbax-checkpoint")
@@ -88,14 +88,12 @@ class _Job:
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts[index]})"
 
-    def get(self, key: str, seconds: float = 0.0) -> str | None:
-        """Value of a key; None if nobody sets it in so many seconds."""
+    def get(self, key: str) -> str | None:
+        """Value of a key; None if nobody has set it."""
         try:
-            if seconds <= 0:
-                return self.client.key_value_try_get(key)
-            return self.client.blocking_key_value_get(key, max(1, round(seconds * 1000)))
+            return self.client.key_value_try_get(key)
         except jax.errors.JaxRuntimeError as error:
-            if any(word in str(error) for word in ("NOT_FOUND", "DEADLINE_EXCEEDED")):
+            if "NOT_FOUND" in str(error):
                 return None
             raise
 
@@ -194,7 +192,7 @@ def start_hosts(
             index,
             cluster_detection_method="deactivate",  # Slurm's would show each process one GPU only
             initialization_timeout=round(PREFLIGHT),
-            heartbeat_timeout_seconds=100,
+            heartbeat_timeout_seconds=600,  # the watch is sooner, and says who
         )
     except (RuntimeError, ValueError) as error:
         raise EgjaxError(
@@ -414,9 +412,12 @@ def agree(name: str, value: str = "", *, gather: bool = False, timeout_s: float 
             break
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-    while (answer := job.get(f"{key}/go", 1.0)) is None:
+    pause = 0.02
+    while (answer := job.get(f"{key}/go")) is None:
         if time.monotonic() > deadline + 10:
             raise EgjaxError(_absent(job, job.folder(f"{key}/at"), name, timeout_s))
+        time.sleep(pause)  # polled, because a blocking call would hold signals back
+        pause = min(2 * pause, 0.5)
     wrong, found = json.loads(answer)
     if wrong:
         raise EgjaxError(wrong, remedy="see the logs of those processes")
@@ -495,16 +496,16 @@ class Agreed:
 
 def _watch(job: _Job) -> None:
     """In a thread: signs of life, a request to stop, and news of a process that is gone."""
-    beats: dict[str, tuple[str, float]] = {}
-    beat, failed = 0, 0.0
-    while not job.leaving.wait(_BEAT if job.agreed is None else _BEAT / 4):
+    beats: dict[str, tuple[str, int]] = {}
+    beat, failed, every = 0, 0.0, 4
+    while not job.leaving.wait(_BEAT / every):  # a request to stop should not wait long
         try:
             beat += 1
             job.put(f"egjax/beat/{job.index}", str(beat), overwrite=True)
             with job.lock:
                 if job.agreed is not None:
                     job.agreed.tell(job)
-            if job.index == 0:
+            if job.index == 0 and beat % every == 0:
                 _listen(job, beats)
             news = job.get("egjax/left")
             failed = 0.0
@@ -518,13 +519,15 @@ def _watch(job: _Job) -> None:
             _follow(job, *json.loads(news))
 
 
-def _listen(job: _Job, beats: dict[str, tuple[str, float]]) -> None:
-    """Process 0: tells everybody of a process whose signs of life have stopped."""
-    now = time.monotonic()
+def _listen(job: _Job, beats: dict[str, tuple[str, int]]) -> None:
+    """Process 0: tells everybody of a process whose signs of life have stopped.
+
+    Looks are counted, not seconds: where the whole machine stood still nobody is gone.
+    """
     for who, value in job.folder("egjax/beat").items():
-        if beats.get(who, ("", 0.0))[0] != value:
-            beats[who] = (value, now)
-        elif now - beats[who][1] > SILENCE:
+        last, looks = beats.get(who, ("", 0))
+        beats[who] = (value, looks + 1 if value == last else 0)
+        if beats[who][1] * _BEAT > SILENCE:
             line = f"{job.name(int(who))} gave no sign of life for {SILENCE:.0f} s"
             _tell(job, int(who), LOST, line)
 

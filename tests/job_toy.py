@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from egjax.lm.params import init
 from egjax.train.data import Sample, Shuffled, pack
 from egjax.train.objectives import next_token
 from experiments import training
-from experiments.common import Stage, open_run, run_main
+from experiments.common import Stage, divided, open_run, run_main
 from experiments.models import Model, apply_of
 
 
@@ -34,6 +35,8 @@ class Config:
     """Seconds that each step waits on the host."""
     fail: int = -1
     """This process fails in its own way instead of training."""
+    units: int = 0
+    """Divide so many units of work instead of training."""
 
 
 def main(config: Config) -> None:
@@ -61,7 +64,20 @@ def main(config: Config) -> None:
             title="toy",
         )
 
+    def share(out: Path) -> None:
+        def unit(number: int) -> int:
+            time.sleep(config.pause)
+            with (config.run / "done.txt").open("a") as file:
+                file.write(f"{number} {hosts.index()}\n")
+            return number**2
+
+        works = {str(i): functools.partial(unit, i) for i in range(config.units)}
+        print(divided(out / "parts", works, at="units"))
+
     with open_run(config.run):
+        if config.units:
+            Stage(config.run, "units", {}, by="all").run(share)
+            return
         Stage(config.run, "toy", {"steps": config.steps}, by="all").run(work)
 
 

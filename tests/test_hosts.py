@@ -218,6 +218,31 @@ def test_a_killed_process_is_told_by_the_others_and_the_run_goes_on(tmp_path, al
 
 
 @pytest.mark.slow
+def test_units_are_divided_and_a_restart_does_the_missing_ones(tmp_path):
+    run = tmp_path / "run"
+    processes = toy(run, 2, "--units", 6, "--pause", 1.0)
+    done = run / "done.txt"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (
+        done.exists() and len(done.read_text().splitlines()) >= 3
+    ):
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    first = {line.split()[0] for line in done.read_text().splitlines()}
+    assert codes(toy(run, 3, "--units", 6), 200) == [0, 0, 0], said(run)
+    lines = [line.split() for line in done.read_text().splitlines()]
+    kept = {p.stem for p in run.glob("units*/parts/*")}
+    assert not kept  # cleared away once they are in the result
+    assert {number for number, _ in lines} == set("012345")
+    # A unit is done twice only if it was killed between its work and its file.
+    assert len(lines) <= 6 + 2
+    assert len({who for number, who in lines if number not in first}) > 1
+    out = run.with_suffix(".logs") / "0.out"
+    assert out.read_text().strip() == "[0, 1, 4, 9, 16, 25]"
+
+
+@pytest.mark.slow
 def test_random_kills_lose_little_and_double_nothing(tmp_path, alone):
     """EGJAX_KILLS of them (3, if it is not set), of one process or all, at random steps."""
     run, every, rng = tmp_path / "run", 5, np.random.default_rng(0)
