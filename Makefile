@@ -1,5 +1,6 @@
 # make env: the environment alone · make run: the main job · make test: lint, types, tests
 # make test-slow: runs that are killed and stopped at random, 20 times each
+# make bench: what everything costs, compared with the last committed figures
 # Options go through ARGS, e.g.  make run ARGS="--help"   make test ARGS="tests/losses -k dpo"
 # Another interpreter: make run PYTHON=/path/to/python3.12
 ARGS ?=
@@ -18,7 +19,7 @@ ROBOTHOW := virtualhome-eval==0.1.1
 # Two makes in one clone: the second waits for the first and finds the work done.
 LOCK := $(if $(shell command -v flock),flock pyproject.toml,)
 
-.PHONY: env run test test-slow lint clean
+.PHONY: env run bench test test-slow lint clean
 .DELETE_ON_ERROR:
 
 env: .venv/.stamp .venv/.robothow
@@ -45,6 +46,9 @@ env: .venv/.stamp .venv/.robothow
 
 run: env
 	$(PY) -m experiments.pipeline $(ARGS)
+
+bench: env
+	$(PY) -m experiments.bench $(ARGS)
 
 lint: env
 	$(PY) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""Device meshes, placement of parameters and batches on them, and the start on many hosts.
+"""Device meshes, and placement of parameters and batches on them, over one process or many.
 
 Every array names its axes logically ("vocab", "heads", "batch", ...); one table of rules says which
 mesh axis each name is split over. The axes of a mesh are `data` (batch, and fully sharded
@@ -13,19 +13,22 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from egjax.errors import EgjaxError
 
 __all__ = [
     "RULES",
+    "batch_of",
     "batch_sharding",
     "check_divides",
     "constrain",
+    "local_rows",
     "make_mesh",
     "mesh_in_use",
+    "place",
     "sharding",
-    "start_hosts",
 ]
 
 RULES: Mapping[str, str] = MappingProxyType(
@@ -131,40 +134,41 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
 
 
-def start_hosts(
-    coordinator: str | None = None,
-    hosts: int | None = None,
-    index: int | None = None,
-    *,
-    timeout_s: int = 300,
-) -> int:
-    """Joins this process to the others of a multi-host job; call it before any other JAX call.
-
-    On a TPU pod or under Slurm every argument is found out by JAX and may stay None.
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process holds whole onto a mesh that may span processes.
 
     Args:
-        coordinator: `"address:port"` of the process with index 0.
-        hosts: number of processes.
-        index: this process' index.
-        timeout_s: seconds to wait for the others.
+        tree: pytree of arrays, equal on all processes.
+        shardings: pytree of `NamedSharding` alike.
 
     Returns:
-        The index of this process.
-
-    Raises:
-        EgjaxError: the arguments are incomplete or the coordinator cannot be reached. (A process
-            that does reach it, but waits in vain for others, is ended by JAX's runtime.)
+        Global arrays; each process has sent its devices' parts only.
     """
-    if index is not None and hosts is not None and not 0 <= index < hosts:
-        raise EgjaxError(f"process index {index} of {hosts}", remedy="indices run from 0")
-    try:
-        jax.distributed.initialize(coordinator, hosts, index, initialization_timeout=timeout_s)
-    except (RuntimeError, ValueError) as error:
-        raise EgjaxError(
-            f"process {index} of {hosts} did not join at {coordinator}: {error}",
-            remedy="start the same command on every host, within the timeout, before other JAX use",
-        ) from error
-    return jax.process_index()
+
+    def put(array: Any, to: NamedSharding) -> jax.Array:
+        if to.is_fully_addressable:
+            return jax.device_put(array, to)
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, to, lambda part: whole[part])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+    """int[r]: which rows of a batch of `rows` this process' devices hold, in order."""
+    numbers = np.arange(rows)
+    parts = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([numbers[part] for part in parts if part is not None]))
+
+
+def batch_of(local: Any, sharding: NamedSharding, rows: int) -> Any:
+    """A global batch of `rows` rows from each process' `local_rows` of it."""
+
+    def gather(part: Any) -> jax.Array:
+        shape = (rows, *part.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, part, shape)
+
+    return jax.tree.map(gather, local)
 
 
 def check_divides(mesh: Mesh, batch: int) -> None:

@@ -9,8 +9,8 @@ What it leaves unsolved, mostly goals that undo each other, a best-first search 
 takes up (`--second 0` leaves it).
 
 A run's tasks are collected in shards of `--shard-tasks`: a killed run goes on with those that are
-missing. On several hosts give each `--shard i/n` (with `EGJAX_MULTI_HOST=1` JAX's process index
-serves); the last one to finish puts them together. Hosts that share no disk: copy what they left in
+missing. The processes of one job (`EGJAX_MULTI_HOST=1`) divide them; hosts that do not know each
+other get `--shard i/n` each, and the last one to finish puts them together. Hosts that share no disk: copy what they left in
 `collect_shards/` into one run and give the command without `--shard`. `experience/` holds
 trajectories and preference pairs as TFDS data sets in array_record files, nothing twice; `CARD.md`
 and `card.json` say what is in them.
@@ -44,6 +44,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals import card
 from egjax.evals.intervals import Figure
@@ -239,8 +240,14 @@ class Problem:
         return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(self.arrays[i] for i in rows))
 
 
-def find_plans(problem: Problem, config: Config, *, labels: bool) -> list[Found]:
-    """Searches all tasks in batches; every plan is replayed by the judge before it counts."""
+def find_plans(
+    problem: Problem, config: Config, *, labels: bool, folder: Path | None = None
+) -> list[Found]:
+    """Searches all tasks in batches; every plan is replayed by the judge before it counts.
+
+    With a folder the processes of a job divide the batches, and what was searched before a stop is
+    kept there, see `experiments.common.divided`.
+    """
     world = shared_world(config.rewards)
     starts = range(0, len(problem.tasks), config.batch)
     found: list[Found] = []
@@ -541,10 +548,12 @@ def stage(config: Config, tasks: Done) -> Done:
     shards, work = _shards(config, tasks)
 
     def everything(out: Path) -> None:
-        shards.run(work)
-        _put_together(config, tasks.path, shards.paths(), out)
+        shards.run(work, (hosts.index(), hosts.count()))
+        hosts.barrier("the shards of collect")
+        if hosts.index() == 0:
+            _put_together(config, tasks.path, shards.paths(), out)
 
-    return Stage(config.run, "collect", _inputs(config, tasks)).run(everything)
+    return Stage(config.run, "collect", _inputs(config, tasks), by="all").run(everything)
 
 
 def _inputs(config: Config, tasks: Done) -> dict[str, Any]:

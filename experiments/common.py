@@ -11,23 +11,29 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import resource
 import select
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
+
+import jax
 
 import egjax
+from egjax import hosts
 from egjax.errors import EgjaxError, require
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
-from egjax.mesh import start_hosts
 from egjax.train.signals import StopFlag
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Done",
     "Stage",
     "atomic_path",
+    "divided",
     "emit",
     "file_fingerprint",
     "fingerprint",
@@ -47,6 +54,7 @@ __all__ = [
 ]
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 _MARKER = ".egjax-run"  # at the top of every run directory: proof of ownership, and the lock
 _RECORD = ".stage.json"  # in a stage's directory: its inputs, time, and outputs once finished
@@ -74,11 +82,16 @@ def run_main(
     """Runs an experiment from the command line and leaves with its exit code.
 
     Exit codes: what `main` returns (None counts as 0) · 2 for what the user can mend, told in one
-    line · 3 for a training step that gave NaN or Inf · 130 after Ctrl-C, 143 after SIGTERM · 141
-    where the reader of our output went away.
+    line · 3 for a training step that gave NaN or Inf, or where another process of the job failed or
+    is gone · 130 after Ctrl-C, 143 after SIGTERM · 141 where the reader of our output went away.
 
-    With `EGJAX_MULTI_HOST=1` the processes of a multi-host job are connected first; with
-    `EGJAX_TRACEBACK=1` what the user can mend comes with its traceback, too.
+    With `EGJAX_MULTI_HOST=1` the processes of a multi-host job are connected first, with `auto`
+    where there is such a job (a TPU pod, Slurm, Open MPI); process 0 alone prints results. With
+    `EGJAX_TRACEBACK=1` what the user can mend comes with its traceback, too. `EGJAX_COSTS=FILE`
+    asks for seconds of compilation and peak memory, as JSON.
+
+    Every script knows `--profile FOLDER` beside its own options: a trace of the whole run by
+    `jax.profiler`, for Perfetto (`perfetto_trace.json.gz`) and XProf.
 
     Args:
         main: the experiment; its module's docstring is the help.
@@ -86,32 +99,120 @@ def run_main(
         argv: arguments, those of the process by default.
     """
     tyro = require("tyro", "cli")
-    help_text = sys.modules[main.__module__].__doc__
+    folder, argv = _profile_option(sys.argv[1:] if argv is None else argv)
+    help_text = (
+        f"{sys.modules[main.__module__].__doc__}\n"
+        "`--profile FOLDER` (every script): writes a trace for Perfetto and XProf there."
+    )
     for signum in _SIGNALS:
         signal.signal(signum, _stop)
     try:
         options = tyro.cli(config, args=argv, description=help_text, prog=_command())
-        if os.environ.get("EGJAX_MULTI_HOST"):  # has to come before JAX looks for devices
-            start_hosts()
+        _join()  # has to come before JAX looks for devices
         note(_machine_line())
-        code = main(options) or 0
+        with _profile(folder), _costs(os.environ.get("EGJAX_COSTS")):
+            code = main(options) or 0
         sys.stdout.flush()
+        hosts.finish()
     except KeyboardInterrupt as stopped:
         for signum in _SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         note("stopped; continue with the same command")
         code = 128 + getattr(stopped, "signum", signal.SIGINT)
+        _leave(code, "asked to stop")
     except BrokenPipeError:
         if not _reader_gone():
             raise
         code = 128 + signal.SIGPIPE
     except Exception as error:
         line = _one_line(error)
+        if hosts.count() > 1 and _may_be_a_peer(error):
+            note(f"error: {_first_words(error)}; looking for a process that is gone")
+            hosts.wait_for_verdict()
         if line is None or os.environ.get("EGJAX_TRACEBACK"):
-            raise
+            if hosts.count() == 1:
+                raise
+            traceback.print_exc()
+            line = _first_words(error)
         note(f"error: {line}")
         code = getattr(error, "exit_code", EgjaxError.exit_code)
+        _leave(code, line)
     sys.exit(code)
+
+
+def _profile_option(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The folder that `--profile` names, and the other arguments."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--profile" and equals:
+            return Path(value), argv[:i] + argv[i + 1 :]
+        if name == "--profile":
+            if i + 1 == len(argv):
+                note("error: --profile needs a folder")
+                sys.exit(2)
+            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
+    return None, argv
+
+
+@contextlib.contextmanager
+def _profile(folder: Path | None) -> Iterator[None]:
+    """Writes a trace of its block, also where the block is stopped; nothing without a folder."""
+    if folder is None:
+        yield
+        return
+    with jax.profiler.trace(str(folder), create_perfetto_trace=hosts.index() == 0):
+        yield
+    found = sorted(folder.rglob("perfetto_trace.json.gz"))
+    note(f"profile: {found[-1] if found else folder} (https://ui.perfetto.dev, or xprof {folder})")
+
+
+@contextlib.contextmanager
+def _costs(path: str | None) -> Iterator[None]:
+    """Writes what its block cost beside time: compilation and memory."""
+    seconds = []
+    if path is not None:
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            del kwargs
+            if event == "/jax/core/compile/backend_compile_duration":
+                seconds.append(duration_secs)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        if path is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found = {"compile_seconds": sum(seconds), "compilations": len(seconds)}
+            write_atomic(Path(path), json.dumps({**found, "peak_bytes": peak}) + "\n")
+
+
+def _join() -> None:
+    """Connects to the other processes of the job, if there are any."""
+    mode = os.environ.get("EGJAX_MULTI_HOST", "")
+    if mode in ("", "0") or (mode == "auto" and None in hosts.find()):
+        return
+    if hosts.start_hosts() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
+
+
+def _leave(code: int, line: str) -> None:
+    """Ends a process of several, which must not wait for the others."""
+    if hosts.count() > 1:
+        hosts.abandon(code, line)
+
+
+def _may_be_a_peer(error: BaseException | None) -> bool:
+    """Whether an error comes from JAX's runtime, as one does where another process is gone."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_words(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _command() -> str | None:
@@ -193,6 +294,7 @@ def _disk_full(error: BaseException | None) -> str | None:
 
 def note(text: str) -> None:
     """Prints a line for the person at the terminal, on standard error."""
+    text = text if hosts.count() == 1 else f"[{hosts.index()}] {text}"
     with contextlib.suppress(OSError):  # a closed terminal must not hide the exit code
         print(text, file=sys.stderr, flush=True)
 
@@ -336,6 +438,16 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
         EgjaxError: it is no run directory.
         BusyError: another run is at work in it.
     """
+    if hosts.index() > 0:  # process 0 opens it for all, on a file system that all of them see
+        hosts.barrier(f"opening {run_dir}")
+        if not run_dir.is_dir():
+            raise EgjaxError(
+                "process 0 has opened it, this one does not see it",
+                where=str(run_dir),
+                remedy="let the run directory be on a file system that all hosts share",
+            )
+        yield run_dir
+        return
     marker = run_dir / _MARKER
     if run_dir.exists() and not run_dir.is_dir():
         raise EgjaxError("not a directory", where=str(run_dir), remedy="name another --run")
@@ -354,6 +466,7 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
             for entry in run_dir.iterdir():
                 if entry.name != _MARKER:
                     _delete(entry)
+        hosts.barrier(f"opening {run_dir}")
         yield run_dir
 
 
@@ -411,11 +524,15 @@ class Stage:
         name: names the stage and its directory.
         inputs: all that its outputs depend on: config, seed, fingerprints of the stages before
             (and `source_fingerprint()` where a change of code shall redo it).
+        by: who does it in a job of several processes. `first`: process 0, and the others wait.
+            `all`: all of them together, in the same directory. `self`: whichever process runs it,
+            which meets no other (a shard that is no other process' business).
     """
 
     run_dir: Path
     name: str
     inputs: Mapping[str, Any]
+    by: Literal["first", "all", "self"] = "first"
 
     @property
     def path(self) -> Path:
@@ -448,28 +565,44 @@ class Stage:
             work: writes the outputs into the directory it is given.
         """
         name = self.fingerprint
+        alone = self.by == "self"
+        plan = json.dumps(self._begin(name)) if alone or _writer() else ""
+        kept, before = json.loads(plan if alone else hosts.agree(f"stage {self.name}", plan))
+        if kept:
+            return Done(self.path, name, before, kept=True)
+        begin = time.monotonic()
+        record = {"fingerprint": name, "inputs": _plain(self.inputs), "seconds": before}
+        try:
+            if self.by != "first" or _writer():
+                work(self.unfinished)
+            if not alone:
+                hosts.barrier(f"the end of stage {self.name}")
+        finally:
+            record["seconds"] = before + time.monotonic() - begin
+            with contextlib.suppress(OSError, EgjaxError):  # a full disk: the first error counts
+                self._mark(record)
+        if alone or _writer():
+            finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            self._mark({**record, "finished": finished, "outputs": _sizes(self.unfinished)})
+            self._publish()
+            note(f"{self.name}: done in {record['seconds']:.1f} s")
+        if not alone:
+            hosts.barrier(f"the outputs of stage {self.name}")
+        return Done(self.path, name, record["seconds"], kept=False)
+
+    def _begin(self, name: str) -> tuple[bool, float]:
+        """Whether the stage is done already, and the seconds that went into it so far."""
         if self._complete(self.unfinished, name):  # stopped just before the last step
             self._publish()
         if self._complete(self.path, name):
             seconds = _read_json(self.path / _RECORD)["seconds"]
             note(f"{self.name}: kept from an earlier run ({seconds:.1f} s)")
-            return Done(self.path, name, seconds, kept=True)
+            return True, seconds
         before = self._attempt(name)
         note(f"{self.name}: goes on after {before:.1f} s" if before else f"{self.name}: starts")
-        begin = time.monotonic()
         record = {"fingerprint": name, "inputs": _plain(self.inputs), "seconds": before}
-        try:
-            self._mark(record)
-            work(self.unfinished)
-        finally:
-            record["seconds"] = before + time.monotonic() - begin
-            with contextlib.suppress(OSError, EgjaxError):  # a full disk: the first error counts
-                self._mark(record)
-        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._mark({**record, "finished": finished, "outputs": _sizes(self.unfinished)})
-        self._publish()
-        note(f"{self.name}: done in {record['seconds']:.1f} s")
-        return Done(self.path, name, record["seconds"], kept=False)
+        self._mark(record)
+        return False, before
 
     def _attempt(self, name: str) -> float:
         """Makes `unfinished` ready; seconds that went into what is found there."""
@@ -493,8 +626,72 @@ class Stage:
         os.replace(self.unfinished, self.path)
 
     def _mark(self, record: Mapping[str, Any]) -> None:
+        if self.by != "self" and not _writer():
+            return
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_atomic(self.unfinished / _RECORD, text)
+
+
+def _writer() -> bool:
+    """Whether this process is the one that writes what is not divided."""
+    return hosts.index() == 0
+
+
+def divided(
+    folder: Path | None,
+    units: Mapping[str, Callable[[], T]],
+    *,
+    at: str,
+    workers: int = 1,
+    dump: Callable[[T], Any] = lambda result: result,
+    load: Callable[[Any], T] = lambda found: found,
+    done: Callable[[T], None] = lambda result: None,
+) -> list[T]:
+    """Does units of work, each once and by one process; a restart does those that are missing.
+
+    Args:
+        folder: keeps the result of each unit until all are there, seen by all processes. None:
+            this process does all of them and keeps nothing.
+        units: what gives a unit's result, by a name that can be a file's. All processes have the
+            same ones, in the same order.
+        at: names the place where processes meet, for errors.
+        workers: threads; the first unit is done alone, since it compiles what the others use.
+        dump, load: a result to what JSON holds, and back.
+        done: called with each result of this process.
+
+    Returns:
+        All results in order, on every process.
+    """
+    mine = list(units)
+    if folder is not None:
+        missing = [name for name in mine if not (folder / f"{name}.json").exists()]
+        missing = json.loads(hosts.agree(f"the start of {at}", json.dumps(missing)))
+        mine = missing[hosts.index() :: hosts.count()]
+
+    def work(name: str) -> T:
+        result = units[name]()
+        if folder is not None:
+            text = json.dumps(dump(result), ensure_ascii=False) + "\n"
+            write_atomic(folder / f"{name}.json", text)
+        return result
+
+    results: dict[str, T] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for name, result in zip(
+            mine, itertools.chain(map(work, mine[:1]), pool.map(work, mine[1:])), strict=True
+        ):
+            results[name] = result
+            done(result)
+    if folder is None:
+        return list(results.values())
+    hosts.barrier(f"the end of {at}")
+    found = [
+        load(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in units
+    ]
+    hosts.barrier(f"the results of {at}")
+    if _writer() and folder.exists():
+        _delete(folder)
+    return found
 
 
 def _sizes(path: Path) -> dict[str, int]:

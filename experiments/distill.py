@@ -111,7 +111,7 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
         table = sample_table(text, large_config, config.training.length, Weights())
         _train(config, models, objective(config, large_config, small_config), table, out)
 
-    return Stage(config.run, f"seed{config.seed}/distill", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/distill", inputs, by="all").run(work)
 
 
 def objective(

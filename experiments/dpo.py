@@ -81,7 +81,7 @@ def stage(config: Config, text: Done, distilled: Done) -> Done:
         pairs = _pairs(rows, tokenizer, model.config, config.training.length)
         _train(config, model, objective(config, model.config), pairs, out)
 
-    return Stage(config.run, f"seed{config.seed}/dpo", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/dpo", inputs, by="all").run(work)
 
 
 def objective(config: Config, model: LlamaConfig, vocab_mask: jax.Array | None = None) -> LossFn:

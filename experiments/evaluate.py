@@ -10,6 +10,7 @@ Needs all stages before it. Hardware: two CPU cores, a few minutes.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from egjax import hosts
 from egjax.evals.intervals import Figure, measure
 from egjax.evals.manifest import write_atomic
 from egjax.evals.nearest import copy_plans
@@ -38,7 +40,7 @@ from egjax.sim.text import Line, to_english
 from egjax.train.progress import progress
 from experiments.collect import Config as SearchSettings
 from experiments.collect import Problem, find_plans
-from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
+from experiments.common import Done, Stage, divided, emit, finished, note, open_run, run_main
 from experiments.data import HouseTask, load_tasks
 from experiments.distill import Ratio
 from experiments.models import Model, answered, asked, check_one_vocabulary, load, plans_of
@@ -119,14 +121,24 @@ def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> D
         check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         tokenizer = Tokenizer.load(text.path / "tokenizer")
         players = _players(loaded, config)
-        record = {
-            "plans": _plans(players, tokenizer, tasks, text, config),
-            "questions": _questions(players, tokenizer, text, config.questions),
-            "probes": _probes(loaded, tokenizer, tasks, config),
-        }
+        # Each model's plans, questions of a kind and probe are a unit that one process does.
+        units: dict[str, Callable[[], Any]] = {}
+        units |= _plans(players, tokenizer, tasks, text, config)
+        units |= _questions(players, tokenizer, text, config.questions)
+        units |= _probes(loaded, tokenizer, tasks, config)
+        results = divided(out / "parts", units, at="evaluation")
+        if hosts.index() > 0:
+            return
+        record: dict[str, Any] = {"plans": {}, "questions": {}, "probes": {}}
+        for unit, result in zip(units, results, strict=True):
+            part, name, *kind = unit.split(".")
+            if kind:
+                record[part].setdefault(name, {})[kind[0]] = result
+            else:
+                record[part][name] = result
         write_atomic(out / "outcomes.json", json.dumps(record, ensure_ascii=False) + "\n")
 
-    return Stage(config.run, f"seed{config.seed}/evaluate", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/evaluate", inputs, by="all").run(work)
 
 
 def _players(loaded: dict[str, Model], config: Config) -> dict[str, tuple[Models, Combine]]:
@@ -146,15 +158,21 @@ def _plans(
     tasks: Done,
     text: Done,
     config: Config,
-) -> dict[str, Any]:
+) -> dict[str, Callable[[], Any]]:
+    """What gives the outcomes of each model's plans."""
     held = _held_out(tasks, config)
     problem = Problem(held, SearchSettings().instances)
     prompts = [task.prompt() for task in held]
     known = [s for s in load_samples(text.path / "samples.jsonl") if s.task_type == "plan"]
-    # The copy knows what πᴱ learnt from, relabelled errands included.
-    texts = {COPY: copy_plans([s.prompt for s in known], [s.completion for s in known], prompts)}
-    for name, (models, combine) in players.items():
-        texts[name] = plans_of(
+
+    def copied() -> list[dict[str, Any]]:
+        # The copy knows what πᴱ learnt from, relabelled errands included.
+        plans = copy_plans([s.prompt for s in known], [s.completion for s in known], prompts)
+        return _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
+
+    def decoded(name: str) -> list[dict[str, Any]]:
+        models, combine = players[name]
+        plans = plans_of(
             models,
             tokenizer,
             prompts,
@@ -163,10 +181,10 @@ def _plans(
             max_new_tokens=config.max_new_tokens,
             rows=_ROWS,
         )
-    return {
-        name: _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
-        for name, plans in texts.items()
-    }
+        return _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
+
+    units = {f"plans.{name}": functools.partial(decoded, name) for name in players}
+    return {f"plans.{COPY}": copied, **units}
 
 
 def _outcomes(
@@ -198,19 +216,23 @@ def _outcomes(
 
 def _questions(
     players: dict[str, tuple[Models, Combine]], tokenizer: Tokenizer, text: Done, most: int
-) -> dict[str, dict[str, list[bool]]]:
+) -> dict[str, Callable[[], Any]]:
     """Multiple choice by length-normalised log-probability: right or wrong, per task type."""
     asked_ = load_samples(text.path / "questions.jsonl")
     kinds = sorted({sample.task_type for sample in asked_})
-    out: dict[str, dict[str, list[bool]]] = {}
-    for name, (models, combine) in players.items():
-        out[name] = {}
-        for kind in kinds:
-            samples = [s for s in asked_ if s.task_type == kind and s.choices][:most]
-            scores, mask = _scores(models, combine, tokenizer, samples, f"{kind} {NAMES[name]}")
-            answers = [(s.choices or ()).index(s.completion) for s in samples]
-            out[name][kind] = [bool(x) for x in correct(scores, np.array(answers), mask)]
-    return out
+
+    def right(name: str, kind: str) -> list[bool]:
+        models, combine = players[name]
+        samples = [s for s in asked_ if s.task_type == kind and s.choices][:most]
+        scores, mask = _scores(models, combine, tokenizer, samples, f"{kind} {NAMES[name]}")
+        answers = [(s.choices or ()).index(s.completion) for s in samples]
+        return [bool(x) for x in correct(scores, np.array(answers), mask)]
+
+    return {
+        f"questions.{name}.{kind}": functools.partial(right, name, kind)
+        for name in players
+        for kind in kinds
+    }
 
 
 def _scores(
@@ -250,7 +272,7 @@ def _scores(
 
 def _probes(
     loaded: dict[str, Model], tokenizer: Tokenizer, tasks: Done, config: Config
-) -> dict[str, Any]:
+) -> dict[str, Callable[[], Any]]:
     """Can the activity be read off the last token of a prompt that does not name it?"""
     every = load_tasks(tasks.path / "tasks.json", config.robothow)
     # An activity on one side of the split only would measure nothing.
@@ -260,8 +282,8 @@ def _probes(
         note("too few tasks per activity for a linear probe")
         return {}
     prompts = [task.prompt(titled=False) for task in every]
-    out: dict[str, Any] = {}
-    for name in ("base", "expert", "large", "distilled"):
+
+    def curve(name: str) -> dict[str, Any]:
         hidden = _last_hidden(loaded[name], tokenizer, prompts)
         found = probe(
             hidden,
@@ -270,12 +292,14 @@ def _probes(
             config.probes,
             name=f"probe/{name}",
         )
-        out[name] = {
+        return {
             "correct": found.correct.tolist(),
             "tasks": [every[i].name for i in found.tests],
             "majority": found.majority.to_dict(),
         }
-    return out
+
+    names = ("base", "expert", "large", "distilled")
+    return {f"probes.{name}": functools.partial(curve, name) for name in names}
 
 
 def _last_hidden(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:

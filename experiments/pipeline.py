@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from egjax import hosts
 from egjax.search.mcts import SearchConfig
 from experiments import collect, distill, dpo, evaluate, pretrain, report, sft, tasks, text
 from experiments.common import note, open_run, run_main
@@ -108,10 +109,10 @@ def tiny() -> Plan:
         text=text.Config(
             scenes=2, general=64, hindsight=64, questions=64, orders=1, asked=4, vocab_size=400
         ),
-        pretrain=pretrain.Config(small=Training(2, 2, 384, 1e-3), large=Training(2, 2, 384, 1e-3)),
-        sft=sft.Config(training=Training(2, 2, 384, 1e-3)),
-        distill=distill.Config(training=Training(2, 2, 384, 1e-3)),
-        dpo=dpo.Config(training=Training(2, 2, 384, 1e-4)),
+        pretrain=pretrain.Config(small=Training(2, 4, 384, 1e-3), large=Training(2, 4, 384, 1e-3)),
+        sft=sft.Config(training=Training(2, 4, 384, 1e-3)),
+        distill=distill.Config(training=Training(2, 4, 384, 1e-3)),
+        dpo=dpo.Config(training=Training(2, 4, 384, 1e-4)),
         evaluate=evaluate.Config(max_new_tokens=16),
     )
 
@@ -119,8 +120,8 @@ def tiny() -> Plan:
 _PRESETS: dict[str, Callable[[], Plan]] = {"quick": quick, "long": long, "tiny": tiny}
 
 
-def run(plan: Plan, folder: Path, config: Config) -> Path:
-    """Runs every stage that is not finished; returns the report."""
+def run(plan: Plan, folder: Path, config: Config) -> None:
+    """Runs every stage that is not finished, and writes the report into `folder/report`."""
     fill = dataclasses.replace
     shared = {"run": folder, "robothow": config.robothow}
     listed = tasks.stage(fill(plan.tasks, **shared))
@@ -141,9 +142,8 @@ def run(plan: Plan, folder: Path, config: Config) -> Path:
         models["preferred"] = dpo.stage(fill(plan.dpo, **here), words, models["distilled"])
         settings = fill(plan.evaluate, **shared, seed=seed)
         evaluate.stage(settings, listed, words, models)
-    return report.write(
-        report.Config(run=folder, seeds=config.seeds or plan.seeds, json=config.json)
-    )
+    if hosts.index() == 0:
+        report.write(report.Config(run=folder, seeds=config.seeds or plan.seeds, json=config.json))
 
 
 def main(config: Config) -> None:

@@ -77,7 +77,7 @@ def _stage(
 ) -> Done:
     inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
     inputs |= {"text": text.fingerprint, "z_loss": config.z_loss}
-    stage = Stage(config.run, f"seed{config.seed}/pretrain_{name}", inputs)
+    stage = Stage(config.run, f"seed{config.seed}/pretrain_{name}", inputs, by="all")
 
     def work(out: Path) -> None:
         tokenizer = Tokenizer.load(text.path / "tokenizer")

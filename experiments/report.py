@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from egjax import hosts
 from egjax.evals import report as page
 from egjax.evals.intervals import Figure, measure, paired_measure
 from egjax.evals.manifest import Manifest, StageTime, describe
@@ -322,7 +323,8 @@ def write(config: Config) -> Path:
 
 def main(config: Config) -> None:
     with open_run(config.run):
-        write(config)
+        if hosts.index() == 0:
+            write(config)
 
 
 if __name__ == "__main__":

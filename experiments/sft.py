@@ -109,7 +109,7 @@ def stage(config: Config, text: Done, small: Done) -> Done:
             log_to=config.log_to,
         )
 
-    return Stage(config.run, f"seed{config.seed}/sft", inputs).run(work)
+    return Stage(config.run, f"seed{config.seed}/sft", inputs, by="all").run(work)
 
 
 def own_stage(config: Config) -> Done:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from egjax.errors import EgjaxError
 from experiments.common import Stage
@@ -19,16 +16,14 @@ def parse_part(text: str) -> tuple[int, int]:
     """Which part of the shards is this process's: index and number of parts.
 
     Args:
-        text: `i/n`, i from 0; empty for JAX's own process index and count, which are 0 and 1
-            unless `EGJAX_MULTI_HOST` connected several.
+        text: `i/n`, i from 0; empty for all of them. (Processes that `EGJAX_MULTI_HOST` connects
+            divide them by themselves.)
 
     Raises:
         EgjaxError: not of that form, or i is not below n.
     """
     if not text:
-        # Asking JAX starts its backend, which a single process may not need yet.
-        several = bool(os.environ.get("EGJAX_MULTI_HOST"))
-        return (jax.process_index(), jax.process_count()) if several else (0, 1)
+        return 0, 1
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise EgjaxError(f"not a part of the shards: {text!r}", remedy="e.g. 0/4, 1/4, 2/4, 3/4")
@@ -48,7 +43,9 @@ class Shards:
     def __init__(self, run_dir: Path, name: str, inputs: Mapping[str, Any], count: int):
         self.folder = run_dir / f"{name}_shards"
         self.stages = [
-            Stage(run_dir, f"{name}_shards/{k:05d}", {**inputs, "shard": k, "shards": count})
+            Stage(
+                run_dir, f"{name}_shards/{k:05d}", {**inputs, "shard": k, "shards": count}, "self"
+            )
             for k in range(count)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.lm import peft
@@ -20,7 +22,7 @@ from egjax.lm.lora import LoraConfig, merge
 from egjax.lm.lora import init as init_adapter
 from egjax.lm.lora import shardings as adapter_shardings
 from egjax.lm.params import shardings
-from egjax.mesh import batch_sharding, make_mesh
+from egjax.mesh import batch_sharding, make_mesh, place
 from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
 from egjax.train.flops import peak_flops, step_work
@@ -145,11 +147,12 @@ def train(
             batch_sharding=batch_sharding(mesh),
         )
         state, frozen = init_state(adapter, tx, places), FrozenBase(base, frozen)
-    with save_then_stop() as stop, writers(log_to, out, title) as on_log:
+    with save_then_stop() as asked, writers(log_to, out, title) as on_log:
+        stop = hosts.Agreed(asked, str(out))
         result = fit(
             state,
             step,
-            Shuffled(table, config.batch, seed),
+            Shuffled(table, config.batch, seed, batch_sharding(mesh)),
             num_steps=config.steps,
             key=jax.random.key(seed),
             frozen=frozen,
@@ -162,6 +165,9 @@ def train(
             work=step_work(model.config, frozen_configs),
             peak=peak_flops(list(mesh.devices.flat)),
         )
+        stop.close()
+    if not result.finished:  # another process was asked, and all have saved and left
+        signal.raise_signal(signal.SIGTERM)
     trained = result.state.params
     if lora is not None:
         peft.save(out / ADAPTER, model.config, lora, trained)
@@ -172,15 +178,27 @@ def train(
 
 def mesh_for(config: Training) -> Mesh:
     """All devices along `data`, as far as they divide a micro-batch, and what `layout` wants along
-    `model`."""
-    layout = config.layout
-    rows = jax.device_count() // layout.model
-    return make_mesh(data=math.gcd(config.batch // layout.accumulate, rows), model=layout.model)
+    `model`; as many devices of each process."""
+    layout, count = config.layout, jax.process_count()
+    rows = math.gcd(config.batch // layout.accumulate, jax.device_count() // layout.model)
+    each, rest = divmod(rows * layout.model, count)
+    if rest:
+        raise EgjaxError(
+            f"a micro-batch of {config.batch // layout.accumulate} rows does not split over "
+            f"{count} processes",
+            remedy="let it be a multiple of the number of processes",
+        )
+    chosen = [
+        device
+        for process in range(count)
+        for device in [d for d in jax.devices() if d.process_index == process][:each]
+    ]
+    return make_mesh(model=layout.model, devices=chosen)
 
 
 def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
-    return jax.device_put(model.params, shardings(model.config, mesh))
+    return place(model.params, shardings(model.config, mesh))
 
 
 def figures(done: Done, stage: str) -> list[Figure]:

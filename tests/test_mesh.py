@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from egjax.errors import EgjaxError
-from egjax.mesh import batch_sharding, check_divides, make_mesh, sharding, start_hosts
+from egjax.hosts import start_hosts
+from egjax.mesh import batch_of, batch_sharding, check_divides, local_rows, make_mesh, sharding
 
 
 def run(code, **environment):
@@ -98,7 +99,7 @@ def test_eight_devices_equal_one():
 def test_two_processes_find_each_other():
     code = """
         import sys, jax
-        from egjax.mesh import start_hosts
+        from egjax.hosts import start_hosts
         index = start_hosts("localhost:{port}", 2, int(sys.argv[1]), timeout_s=60)
         print(index, jax.process_count(), jax.device_count())
     """
@@ -125,7 +126,7 @@ def test_a_bad_start_says_what_to_do():
     result = run(
         """
         from egjax.errors import EgjaxError
-        from egjax.mesh import start_hosts
+        from egjax.hosts import start_hosts
         try:
             start_hosts(None, 2, 0)
         except EgjaxError as error:
@@ -140,3 +141,12 @@ def test_one_device_needs_no_thought():
     assert sharding(mesh, ("vocab", None), (3, 5)).spec == PartitionSpec("model", None)
     assert batch_sharding(mesh).spec == PartitionSpec("data")
     check_divides(mesh, 3)
+
+
+def test_a_process_reads_the_rows_of_its_own_devices():
+    placing = batch_sharding(make_mesh(devices=jax.devices()[:1]))
+    rows = local_rows(placing, 6)
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5]
+    batch = batch_of({"x": rows[:, None] * 10}, placing, 6)
+    assert batch["x"].sharding.spec == PartitionSpec("data")
+    assert batch["x"][:, 0].tolist() == [0, 10, 20, 30, 40, 50]

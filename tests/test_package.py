@@ -36,6 +36,7 @@ EXTRAS_OF = {
     "egjax.errors": set(),
     "egjax.types": set(),
     "egjax.mesh": set(),
+    "egjax.hosts": set(),
     "egjax.losses": set(),
     "egjax.sim": set(),
     "egjax.search": {"search"},

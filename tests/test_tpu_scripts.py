@@ -16,7 +16,8 @@ NEEDED = [tool for tool in ("bash", "git", "setsid") if shutil.which(tool) is No
 pytestmark = pytest.mark.skipif(bool(NEEDED), reason=f"not installed: {NEEDED}")
 
 # Answers from files: `resource` and `node` hold one answer a line, the last one stays. scp and ssh
-# act on the folder $FAKE/home instead of a worker; installing is left out.
+# act on the folder $FAKE/home instead of a worker; installing is left out. `create` and `ssh` hold
+# what goes wrong with each such call, one word a line.
 GCLOUD = f"""#!{sys.executable}
 import json, os, shutil, subprocess, sys
 from pathlib import Path
@@ -35,7 +36,22 @@ def answer(name):
         sys.exit("ERROR: connection refused")
     print(lines[0])
 
-if "describe" in words:
+def fault(name):
+    lines = (fake / name).read_text().splitlines() if (fake / name).exists() else []
+    (fake / name).write_text("\\n".join(lines[1:]))
+    if lines and lines[0] == "QUOTA":
+        sys.exit("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepod' has been exceeded")
+    if lines and lines[0] == "HALF":  # the request was taken, its answer lost
+        (fake / "resource").write_text("PROVISIONING\\nPROVISIONING\\nACTIVE")
+        (fake / "node").write_text("ABSENT\\nREADY")
+        sys.exit("ERROR: deadline exceeded")
+    if lines and lines[0] == "TIMEOUT":
+        print("ssh: connect to host 10.0.0.2 port 22: Connection timed out", file=sys.stderr)
+        sys.exit(255)
+
+if "create" in words:
+    fault("create")
+elif "describe" in words:
     answer("resource" if "queued-resources" in words else "node")
 elif "delete" in words:
     shutil.rmtree(fake / "home")
@@ -43,6 +59,7 @@ elif "delete" in words:
 elif "scp" in words:
     shutil.copy(words[words.index("scp") + 1], fake / "home")
 elif "ssh" in words:
+    fault("ssh")
     command = words[words.index("--command") + 1].removesuffix(
         " && bash egjax/tpu_scripts/remote.sh setup")
     done = subprocess.run(["bash", "-c", command], cwd=fake / "home",
@@ -262,3 +279,65 @@ def test_watch_refuses_a_spot_slice_without_a_bucket(cloud):
     assert done.returncode == 2
     assert "BUCKET" in done.stderr
     assert cloud.calls() == []
+
+
+def test_a_quota_error_ends_the_watch_and_says_what_to_do(cloud):
+    cloud.answers(create="QUOTA")
+    done = cloud.run("watch.sh", "job", "0.2", "0")
+    assert done.returncode == 2
+    assert "Quota limit" in done.stderr
+    assert "ask for quota" in done.stderr
+    assert cloud.verbs() == ["create"]
+
+
+def test_watch_takes_up_a_slice_that_was_half_created(cloud):
+    """The first request is taken but its answer lost: it is not asked for twice, nor deleted."""
+    cloud.answers(create="HALF")
+    done = cloud.run("watch.sh", "job", "0.2", "5")
+    assert done.returncode == 5, done.stderr
+    assert cloud.verbs() == ["create", "scp", "ssh setup", "ssh start"]
+
+
+def test_watch_outlives_ssh_timeouts(cloud):
+    """At the set-up, and while the run works: neither deletes the slice nor starts a second run."""
+    cloud.answers(resource="ACTIVE", node="READY", ssh="TIMEOUT TIMEOUT OK OK OK TIMEOUT")
+    cloud.run("setup.sh")  # times out, nothing is installed
+    done = cloud.run("watch.sh", "job", "1", "6")
+    assert done.returncode == 6, done.stderr
+    assert "delete" not in cloud.verbs()
+    log = (cloud.home / "egjax-runs" / "main.log").read_text()
+    assert log.count("args") == 1
+
+
+def test_a_run_in_the_foreground_saves_on_sigterm_and_leaves_with_its_code(cloud):
+    """What slurm.sh, sky.yaml and a plain machine use; no cloud is asked who this worker is."""
+    cloud.run("setup.sh")
+    environment = {**os.environ, "HOME": str(cloud.home), "RUNS_DIR": str(cloud.path / "shared")}
+    environment |= {"SLURM_PROCID": "0"}
+    (cloud.path / "shared").mkdir()
+    command = ["bash", "tpu_scripts/remote.sh", "here", "main", "", "job"]
+    where = cloud.home / "egjax"
+    assert subprocess.run([*command, "0", "7"], cwd=where, env=environment).returncode == 7
+    assert (cloud.path / "shared" / "main").is_dir()
+    process = subprocess.Popen([*command, "50", "0"], cwd=where, env=environment)
+    time.sleep(1.0)
+    process.terminate()
+    assert process.wait(20) == 143
+
+
+def test_slurm_queues_a_run_again_that_was_asked_to_stop(cloud):
+    for name, text in (
+        ("scontrol", '[[ $1 == show ]] && printf "a\\nb\\n" || echo "$@" >>"$FAKE/requeued"'),
+        ("srun", 'echo "$EGJAX_HOSTS $@" >>"$FAKE/srun"; exit "$CODE"'),
+    ):
+        file = cloud.path / "bin" / name
+        file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        file.chmod(0o755)
+    settings = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "[a-b]"}
+    settings["SLURM_SUBMIT_DIR"] = str(cloud.clone)
+    assert cloud.run("slurm.sh", "job", "--run", "runs/x", CODE="0", **settings).returncode == 0
+    assert not (cloud.path / "requeued").exists()
+    assert cloud.run("slurm.sh", "job", CODE="143", **settings).returncode == 143
+    assert (cloud.path / "requeued").read_text() == "requeue 9\n"
+    words = (cloud.path / "srun").read_text().splitlines()[0]
+    assert words.startswith("a,b --kill-on-bad-exit=0 bash tpu_scripts/remote.sh here 9  job --run")

@@ -13,7 +13,16 @@ fi
 
 state=$(resource_state)
 if [[ $state == ABSENT ]]; then
-  cloud "${request[@]}"
+  errors=$(mktemp)
+  trap 'rm -f "$errors"' EXIT
+  if ! cloud "${request[@]}" 2> >(tee "$errors" >&2); then
+    # No waiting mends these; anything else may have been half done, and the next try finds it.
+    if grep -qiE 'quota|permission_denied|permission denied|invalid_argument' "$errors"; then
+      say "error: $TPU_NAME cannot be had so: see above; another ZONE or ACCELERATOR_TYPE, or ask for quota"
+      exit 3
+    fi
+    exit 1
+  fi
   state=$(resource_state)
 fi
 until [[ $state == ACTIVE ]]; do

@@ -65,5 +65,6 @@ on_workers() {
   local command
   command=$(printf ' %q' "$@")
   cloud compute tpus tpu-vm ssh "$TPU_NAME" "${WHERE[@]}" --worker "${WORKER:-all}" \
+    --ssh-flag="-o ConnectTimeout=30" --ssh-flag="-o ServerAliveInterval=30" \
     --command "bash $REMOTE_DIR/tpu_scripts/remote.sh$command"
 }

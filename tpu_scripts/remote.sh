@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# What happens on a worker; the other scripts call it there over ssh.
+# What happens on a worker; the other scripts call it there over ssh, and slurm.sh and sky.yaml, too.
 #   remote.sh setup · start RUN_ID BUCKET MODULE [ARGUMENT…] · status RUN_ID · logs RUN_ID · stop RUN_ID
+#   remote.sh here RUN_ID BUCKET MODULE [ARGUMENT…]   in the foreground; leaves with the run's code
+# A TPU slice, a Slurm step or one machine by itself: EGJAX_MULTI_HOST=auto finds out. Several hosts
+# need a file system that all of them see: RUNS_DIR is its folder, and `runs` becomes a link to it.
 # Of a run, ~/egjax-runs/RUN_ID.{pid,log,code} say which process, what it printed, how it ended.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,12 +17,15 @@ setup() {
   python3 -m pip install --quiet --user uv
   local uv=$HOME/.local/bin/uv
   [[ -x .venv/bin/python ]] || "$uv" venv --python 3.12 .venv
-  "$uv" pip install --quiet --python .venv/bin/python -e '.[all,tpu]'
+  local extra=tpu
+  if command -v nvidia-smi >/dev/null; then extra=cuda; fi
+  "$uv" pip install --quiet --python .venv/bin/python -e ".[all,${EGJAX_EXTRA:-$extra}]"
   "$uv" pip install --quiet --python .venv/bin/python --no-deps virtualhome-eval==0.1.1
 }
 
 # Copies between the bucket and runs/RUN_ID; only worker 0 writes to the bucket.
 restore() {
+  if [[ -n ${RUNS_DIR:-} && ! -e runs ]]; then ln -s "$RUNS_DIR" runs; fi
   if [[ -n $2 ]]; then
     mkdir -p "runs/$1"
     # Nothing there yet is no error: the run is new.
@@ -32,15 +38,20 @@ keep() {
   fi
 }
 worker_number() {
-  echo "${TPU_WORKER_ID:-$(curl -sf -H 'Metadata-Flavor: Google' \
-    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)}"
+  local number=${EGJAX_PROCESS:-${SLURM_PROCID:-${TPU_WORKER_ID:-}}}
+  if [[ -z $number ]]; then
+    number=$(curl -sf -m 5 -H 'Metadata-Flavor: Google' \
+      http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number) ||
+      number=0
+  fi
+  echo "$number"
 }
 
-# The run itself: in the background of `start`, in a session of its own.
-work() {
+# The run itself; leaves with its code.
+attend() {
   local run=$1 bucket=$2 code=0 child keeper
   shift 2
-  EGJAX_MULTI_HOST=1 .venv/bin/python -m "$@" &
+  EGJAX_MULTI_HOST=${EGJAX_MULTI_HOST:-auto} .venv/bin/python -m "$@" &
   child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
   (while sleep 300; do keep "$run" "$bucket"; done) &
@@ -52,7 +63,19 @@ work() {
   done
   kill "$keeper" 2>/dev/null || true
   keep "$run" "$bucket"
-  echo "$code" >"$state/$run.code"
+  return "$code"
+}
+
+# In the background of `start`, in a session of its own.
+work() {
+  local code=0
+  attend "$@" || code=$?
+  echo "$code" >"$state/$1.code"
+}
+
+here() {
+  restore "$1" "$2"
+  attend "$@"
 }
 
 start() {
@@ -92,6 +115,6 @@ stop() {
 }
 
 case ${1:-} in
-  setup | start | work | status | logs | stop) "$@" ;;
+  setup | start | work | here | status | logs | stop) "$@" ;;
   *) echo "unknown word: ${1:-}" >&2; exit 2 ;;
 esac

@@ -13,6 +13,14 @@ fi
 
 bring_up() { "$here/create.sh" && "$here/setup.sh" && "$here/run.sh" "$@"; }
 
+# The same, and to the end where trying again is no use (create.sh: 3).
+try() {
+  bring_up "$@" || case $? in
+    3) exit 2 ;;
+    *) say "could not bring it up; trying again" ;;
+  esac
+}
+
 if [[ $DRY_RUN == 1 ]]; then
   bring_up "$@"
   on_workers status "$RUN_ID"
@@ -37,7 +45,7 @@ while true; do
     gone)
       say "$(date -u +%FT%TZ) $TPU_NAME is gone: asking for it again, run $RUN_ID"
       "$here/delete.sh" || say "could not delete; trying again"
-      bring_up "$@" || say "could not bring it up; trying again"
+      try "$@"
       ;;
     there)
       # running · ended <code> · absent; the run has ended when worker 0's has. Where setup has not
@@ -51,7 +59,7 @@ while true; do
           say "run $RUN_ID: $answer"
           exit "${answer#ended }"
           ;;
-        absent) bring_up "$@" || say "could not bring it up; trying again" ;;
+        absent) try "$@" ;;
       esac
       ;;
   esac

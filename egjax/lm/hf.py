@@ -299,7 +299,7 @@ def read_tensors(
     Raises:
         EgjaxError: a tensor holds NaN or infinite values.
     """
-    device = SingleDeviceSharding(jax.devices()[0])
+    device = SingleDeviceSharding(jax.local_devices()[0])
     if placement is None:
         placement = jax.tree.map(lambda _: device, specs)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from egjax import hosts
 from egjax.errors import EgjaxError, require
 
 __all__ = ["load_params", "read_metadata", "save_params"]
@@ -61,11 +62,13 @@ def save_params(path: str | Path, params: Any, metadata: dict[str, Any]) -> None
                 shutil.rmtree(rest, ignore_errors=True)
             raise
         # `force` on the folder itself would delete the old checkpoint before the new one exists.
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        if hosts.index() == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        hosts.barrier(f"the model in {path}")
 
 
 @contextmanager

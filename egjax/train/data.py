@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 
 from egjax.errors import EgjaxError
+from egjax.mesh import batch_of, local_rows
 
 __all__ = [
     "Pair",
@@ -314,10 +316,16 @@ class Shuffled:
         table: pytree of numpy arrays with one leading axis.
         batch_size: B; a batch may reach into the next epoch, so that none is short.
         seed: of the orders.
+        sharding: of a batch on a mesh; each process then reads the rows of its own devices, and
+            batches are global arrays. None gives numpy arrays.
     """
 
-    def __init__(self, table: Any, batch_size: int, seed: int):
+    def __init__(
+        self, table: Any, batch_size: int, seed: int, sharding: NamedSharding | None = None
+    ):
         self._table, self._batch_size, self._seed = table, batch_size, seed
+        self._sharding = sharding
+        self._mine = slice(None) if sharding is None else local_rows(sharding, batch_size)
         self._done = 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -333,7 +341,10 @@ class Shuffled:
             [self._permutation(int(e))[within[epochs == e]] for e in np.unique(epochs)]
         )
         self._done += 1
-        return _rows(self._table, index)
+        local = _rows(self._table, index[self._mine])
+        if self._sharding is None:
+            return local
+        return batch_of(local, self._sharding, self._batch_size)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:

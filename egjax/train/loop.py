@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from egjax import hosts
 from egjax.errors import NotFiniteError, require
 from egjax.train.checkpoint import check_shapes, unreadable, writing
 from egjax.train.progress import progress
@@ -245,13 +246,15 @@ class _Store:
 
     def _trim_metrics(self, latest: int) -> None:
         """Drops the lines of steps that will be run again."""
-        if self._metrics.exists():
+        if self._metrics.exists() and hosts.index() == 0:
             lines = self._metrics.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= latest]
             with writing(self._metrics):
                 self._metrics.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, line: dict[str, Any]) -> None:
+        if hosts.index() > 0:
+            return
         with writing(self._metrics), self._metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

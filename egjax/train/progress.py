@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from egjax import hosts
 from egjax.errors import require
 
 __all__ = ["progress"]
@@ -20,7 +21,7 @@ _LINE_EVERY = 10.0
 def progress(
     title: str, total: int, done: int = 0, file: TextIO | None = None
 ) -> Iterator[Callable[[int, str], None]]:
-    """Shows how far a loop is, how fast it goes and how long it will take.
+    """Shows how far a loop is, how fast it goes and how long it will take; process 0 does.
 
     Args:
         title: name of the loop.
@@ -31,6 +32,9 @@ def progress(
     Yields:
         `update(done, note)`, cheap enough for every step.
     """
+    if hosts.index() > 0:
+        yield lambda done, note: None
+        return
     out = sys.stderr if file is None else file
     show = _bar if out.isatty() else _lines
     with show(title, total, done, out) as update:

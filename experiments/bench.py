@@ -1,0 +1,324 @@
+"""What does everything cost, by size, and what got slower since the last committed figures?
+
+    python -m experiments.bench                       (`make bench`)
+    python -m experiments.bench --only bench_losses --sizes small
+
+Runs every `experiments/bench_*.py` in sizes small to large, each in a process of its own without
+the compilation cache, so that compile time and peak memory are that run's. Each script times by
+medians of repeats after a warm-up and names its peer, where one is installed. Writes
+`bench.json`, `bench.html` (cost against size, one panel a figure) and compares with the newest file
+in `experiments/results/bench`: what is worse by more than `--tolerance` (bytes: by 10 %) is named.
+Times of another machine say nothing: there only bytes and ratios to a peer of the same run are
+compared. To commit figures: `--keep NAME`, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from egjax.errors import EgjaxError, require
+from egjax.evals.intervals import Figure
+from egjax.evals.manifest import describe, write_atomic
+from egjax.train.progress import progress
+from experiments.common import emit, note, run_main
+from experiments.data import make_task, programs
+
+__all__ = ["Change", "Config", "compare", "main", "page"]
+
+_HERE = Path(__file__).parent
+_COMMITTED = _HERE / "results" / "bench"
+_MEMORY = 0.10  # tolerance of bytes
+_UNITS = {"1/s": True, "tokens/s": True, "steps/s": True, "s": False, "ms": False}  # more is better
+_BYTES = ("bytes", "B", "MiB", "GiB")
+_LOSSES = ("--losses", "sft", "reverse_kl", "reverse_kl_ratio", "--repeats", "3")
+
+# Size (what grows) and arguments of each run; a script that is not listed runs as it is by default.
+SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
+    "bench_sim": {
+        size: (batch, ("--batches", str(batch), "--repeats", "5"))
+        for size, batch in (("small", 64), ("middle", 256), ("large", 1024))
+    },
+    "bench_search": {
+        size: (count, ("--tasks", "{tasks}", "--search.simulations", str(count), "--growth"))
+        for size, count in (("small", 16), ("middle", 64), ("large", 256))
+    },
+    "bench_losses": {
+        size: (vocabulary, (*_LOSSES, "--vocabulary", str(vocabulary), "--width", width))
+        for size, vocabulary, width in (
+            ("small", 4096, "128"),
+            ("middle", 16384, "512"),
+            ("large", 65536, "1024"),
+        )
+    },
+    "bench_decode": {
+        "small": (1, ("--large", "4m", "--small", "tiny", "--repeats", "3")),
+        "middle": (2, ("--large", "30m", "--small", "4m", "--repeats", "3")),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run, and with what to compare."""
+
+    only: tuple[str, ...] = ()
+    """Scripts, e.g. bench_sim; all by default."""
+    sizes: tuple[Literal["small", "middle", "large"], ...] = ("small", "middle", "large")
+    """Which sizes."""
+    out: Path = Path("runs/bench")
+    """Folder of the results."""
+    against: Path | None = None
+    """Results to compare with; the newest committed ones where absent."""
+    tolerance: float = 0.15
+    """Share by which a time or rate may be worse."""
+    keep: str = ""
+    """Also write the results to `experiments/results/bench/NAME.json`, to be committed."""
+    json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+
+def scripts() -> list[str]:
+    """Every benchmark, by name."""
+    return sorted(path.stem for path in _HERE.glob("bench_*.py"))
+
+
+def _plan(config: Config) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
+    """Script, size, its number and arguments."""
+    for script in config.only or scripts():
+        for size, (number, arguments) in SIZES.get(script, {"small": (1, ())}).items():
+            if size in config.sizes:
+                yield script, size, number, arguments
+
+
+def _run(script: str, size: str, number: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """One run in a process of its own: its figures and what they cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        tasks, costs = Path(folder) / "tasks.txt", Path(folder) / "costs.json"
+        tasks.write_text("\n".join(_names()) + "\n")
+        command = [sys.executable, "-m", f"experiments.{script}", "--json"]
+        command += [word.format(tasks=tasks) for word in arguments]
+        settings = {"EGJAX_COSTS": str(costs), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        begun = time.monotonic()
+        done = subprocess.run(
+            command,
+            cwd=_HERE.parent,
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+        seconds = time.monotonic() - begun
+        if done.returncode:
+            told = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise EgjaxError(f"left with {done.returncode}: {told}", where=f"{script}, {size}")
+        return {
+            "script": script,
+            "size": size,
+            "number": number,
+            "arguments": list(arguments),
+            "seconds": seconds,
+            **json.loads(costs.read_text()),
+            "figures": [json.loads(line) for line in done.stdout.splitlines()],
+        }
+
+
+def _names() -> list[str]:
+    """Five tasks that the search is measured on: evenly spread, the same on every machine."""
+    found = [p for p in programs(None) if make_task(p, "e2wm", "train").predicates]
+    return [p.name for p in found[:: max(1, len(found) // 5)][:5]]
+
+
+# --- comparison ---------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """How a figure differs from the committed one.
+
+    Attributes:
+        name: script, size and figure.
+        before, now: its values, in `unit`; of a ratio to a peer, that ratio.
+        worse: by what share it is worse; negative where it is better.
+        slower: beyond the tolerance.
+    """
+
+    name: str
+    before: float
+    now: float
+    unit: str
+    worse: float
+    slower: bool
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Change]:
+    """Every figure that both results have and of which more or less is better; the worst first.
+
+    Args:
+        old, new: what `bench.json` holds.
+        tolerance: of times and rates. Bytes have one of their own.
+    """
+    alike = _machine(old) == _machine(new)
+    before, found = dict(_values(old)), []
+    for key, (value, unit, ratio) in _values(new):
+        if key not in before:
+            continue
+        was, _, was_ratio = before[key]
+        bytes_ = unit in _BYTES
+        if not (alike or bytes_):  # times of another machine say nothing; ratios on it do
+            value, was = ratio, was_ratio
+        if not value or not was:
+            continue
+        worse = was / value - 1 if _UNITS.get(unit, False) else value / was - 1
+        slower = worse > (_MEMORY if bytes_ else tolerance)
+        found.append(Change(key, was, value, unit if alike or bytes_ else "ratio", worse, slower))
+    return sorted(found, key=lambda change: -change.worse)
+
+
+def _values(results: dict[str, Any]) -> Iterator[tuple[str, tuple[float, str, float | None]]]:
+    """Value, unit and ratio to the peer by name, of what can be better or worse."""
+    for run in results["runs"]:
+        where = f"{run['script']}, {run['size']}"
+        yield f"{where}: peak memory", (run["peak_bytes"], "B", None)
+        yield f"{where}: compilation", (run["compile_seconds"], "s", None)
+        for row in run["figures"]:
+            if row["unit"] in _UNITS or row["unit"] in _BYTES:
+                yield f"{where}: {row['name']}", (row["value"], row["unit"], row.get("ratio"))
+
+
+def _machine(results: dict[str, Any]) -> tuple[Any, ...]:
+    hardware = results["manifest"]["hardware"]
+    return hardware["cpu"], hardware["cores"], tuple(hardware["devices"])
+
+
+def newest() -> Path | None:
+    """The last committed results."""
+    files = list(_COMMITTED.glob("*.json"))
+    return max(files, key=lambda f: json.loads(f.read_text())["manifest"]["started"], default=None)
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def _panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, float | None]]]]:
+    """Points (size, value, peer's value) of each figure of each script that more sizes have."""
+    found: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
+    for run in results["runs"]:
+        rows = [
+            (row["name"], row["unit"], row["value"], row.get("peer_value"))
+            for row in run["figures"]
+        ]
+        rows.append(("compilation", "s", run["compile_seconds"], None))
+        rows.append(("peak memory", "MiB", run["peak_bytes"] / 2**20, None))
+        for name, unit, value, peer in rows:
+            # A name that holds the size ("batch 64, 1 thread") is the same figure at every size.
+            plain = re.sub(rf"\b{run['number']}\b", "n", name)
+            panel = found.setdefault(run["script"], {}).setdefault(f"{plain} [{unit}]", [])
+            if value is not None:
+                panel.append((run["number"], value, peer))
+    return {
+        script: {name: points for name, points in panels.items() if len(points) > 1}
+        for script, panels in found.items()
+    }
+
+
+def _draw(panels: dict[str, list[tuple[int, float, float | None]]]) -> bytes:
+    plt = require("matplotlib.pyplot", "eval")
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
+        sizes, values, peers = zip(*points, strict=True)
+        axis.loglog(sizes, values, "o-", color="#0072b2", label="egjax")
+        if all(peers):
+            axis.loglog(sizes, peers, "s--", color="#8a929b", label="peer")
+            axis.legend(fontsize=7)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("size", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> str:
+    """The results as one page that needs no server."""
+    parts = []
+    for script, panels in _panels(results).items():
+        doc = (_HERE / f"{script}.py").read_text().split('"""')[1].splitlines()[0]
+        parts.append(f"<h2>{html.escape(script)}</h2><p>{html.escape(doc)}</p>")
+        if panels:
+            image = base64.b64encode(_draw(panels)).decode()
+            parts.append(f'<img alt="cost against size" src="data:image/png;base64,{image}">')
+    rows = "".join(
+        f"<tr{' class=slower' if c.slower else ''}><td>{html.escape(c.name)}</td>"
+        f"<td>{c.before:.4g}</td><td>{c.now:.4g} {html.escape(c.unit)}</td>"
+        f"<td>{100 * c.worse:+.1f} %</td></tr>"
+        for c in changes
+    )
+    machine = results["manifest"]
+    told = f"commit {machine['commit']}, {machine['hardware']['cpu']}, {machine['started']}"
+    return (
+        "<!doctype html><meta charset=utf-8><title>egjax: cost against size</title>"
+        "<style>body{font:15px sans-serif;max-width:1200px;margin:2em auto}img{max-width:100%}"
+        "td,th{padding:.2em .8em;text-align:left}.slower{background:#fdd}</style>"
+        f"<h1>Cost against size</h1><p>{html.escape(told)}</p>{''.join(parts)}"
+        f"<h2>Against {html.escape(against)}</h2><table><tr><th>figure</th><th>before</th>"
+        f"<th>now</th><th>worse by</th></tr>{rows}</table>"
+    )
+
+
+def main(config: Config) -> None:
+    unknown = [name for name in config.only if name not in scripts()]
+    if unknown:
+        raise EgjaxError(f"no benchmark {unknown[0]!r}", remedy=f"there are {', '.join(scripts())}")
+    before = config.against or newest()
+    old = None if before is None else json.loads(before.read_text())
+    plan, runs = list(_plan(config)), []
+    with progress("benchmarks", len(plan)) as update:
+        for one in plan:
+            runs.append(_run(*one))
+            update(len(runs), f"{one[0]} {one[1]}")
+    results = {"manifest": dataclasses.asdict(describe(seeds=())), "runs": runs}
+    changes = [] if old is None else compare(old, results, config.tolerance)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(config.out / "bench.json", text)
+    named = "nothing: no results are committed" if before is None else before.name
+    write_atomic(config.out / "bench.html", page(results, changes, named))
+    if config.keep:
+        write_atomic(_COMMITTED / f"{config.keep}.json", text)
+    slower = [change for change in changes if change.slower]
+    for change in slower:
+        note(
+            f"slower: {change.name}: {change.before:.4g} → {change.now:.4g} {change.unit} "
+            f"({100 * change.worse:+.1f} %)"
+        )
+    note(f"compared with {named}; page: {config.out / 'bench.html'}")
+    emit(
+        Figure("benchmarks", len(runs), "runs", n=len(runs)),
+        Figure("figures_compared", len(changes), "figures", n=len(changes)),
+        Figure("figures_slower", len(slower), "figures", n=len(changes)),
+        Figure("seconds", sum(run["seconds"] for run in runs), "s", n=len(runs)),
+        json=config.json,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,55 @@
+"""Several processes of one job on this machine, each with devices of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    command: Sequence[str], count: int, *, devices: int = 1, logs: Path, **environment: str
+) -> list[subprocess.Popen]:
+    """Starts the processes of a job; what they print goes to `logs/i.out` and `logs/i.err`."""
+    port = free_port()
+    logs.mkdir(parents=True, exist_ok=True)
+    started = []
+    for i in range(count):
+        settings = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "EGJAX_MULTI_HOST": "1",
+            "EGJAX_COORDINATOR": f"localhost:{port}",
+            "EGJAX_PROCESSES": str(count),
+            "EGJAX_PROCESS": str(i),
+            **environment,
+        }
+        with (logs / f"{i}.out").open("w") as out, (logs / f"{i}.err").open("w") as err:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=ROOT, env=settings, stdout=out, stderr=err
+                )
+            )
+    return started
+
+
+def codes(processes: Sequence[subprocess.Popen], timeout: float) -> list[int]:
+    """Exit codes of all; what has not ended in time is killed, and that is an error."""
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
