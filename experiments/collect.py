@@ -10,10 +10,10 @@ takes up (`--second 0` leaves it).
 
 A run's tasks are collected in shards of `--shard-tasks`: a killed run goes on with those that are
 missing. The processes of one job (`EGJAX_MULTI_HOST=1`) divide them; hosts that do not know each
-other get `--shard i/n` each, and the last one to finish puts them together. Hosts that share no disk: copy what they left in
-`collect_shards/` into one run and give the command without `--shard`. `experience/` holds
-trajectories and preference pairs as TFDS data sets in array_record files, nothing twice; `CARD.md`
-and `card.json` say what is in them.
+other get `--shard i/n` each, and the last one to finish puts them together. Hosts that share no
+disk: copy what they left in `collect_shards/` into one run and give the command without `--shard`.
+`experience/` holds trajectories and preference pairs as TFDS data sets in array_record files,
+nothing twice; `CARD.md` and `card.json` say what is in them.
 
 Row `tasks_solved`: tasks whose goals all hold at the end of the plan found, checked by a replay;
 `tasks_solved_first`: before that second pass.
