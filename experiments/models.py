@@ -111,8 +111,8 @@ def apply_of(config: LlamaConfig, *, heads: bool | None = None) -> Callable[...,
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """Parameters in another float type."""
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    """Parameters in another float type; those that have it are not copied."""
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(jnp.dtype(dtype)), params)
 
 
 def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:
