@@ -6,7 +6,8 @@
 `dpo_step` is a step of standard DPO (forward of the reference, forward and backward of the policy,
 AdamW) on pairs with long shared prompts, the prompt computed once; in turns with it, in one run,
 the same with the prompt computed for either answer (`dpo_step/two_passes`), and Tunix's DPOTrainer
-on the same shapes (`dpo_step/tunix`): ratio = ours ÷ theirs. `sft_step` and `distill_step` (three
+on the same shapes (`dpo_step/tunix`): ratio = ours ÷ theirs; `dpo_step_cpu` are seconds on the
+processor, which other jobs disturb less than the clock's. `sft_step` and `distill_step` (three
 frozen models of the same size) read packed rows.
 
 Each step comes with tokens a second, FLOP/s by formula (`egjax.train.flops`) and `mfu`, their share
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import jax
 import numpy as np
@@ -53,7 +54,8 @@ from experiments.common import emit, note, run_main
 from experiments.models import apply_of
 
 _PEER = Path(__file__).with_name("bench_train_peer.py")
-Timed = Callable[[], float]
+Timed = Callable[[], tuple[float, float]]
+"""Takes a step; its seconds by the clock, and those of all threads on the processor."""
 
 
 @dataclass(frozen=True)
@@ -127,30 +129,33 @@ def _model(config: Config) -> LlamaConfig:
 
 
 def _stepper(config: Config, model: LlamaConfig, loss: LossFn, batch: Any, frozen: Any) -> Timed:
-    """Compiles and warms up a step; gives what takes another one and returns its seconds."""
+    """Compiles and warms up a step."""
     tx = make_optimizer(OptimConfig(learning_rate=1e-4), 1000)
     step = make_train_step(loss, tx)
     state = init_state(cast(init(jax.random.key(config.seed), model), "float32"), tx)
     key, batch = jax.random.key(config.seed), jax.device_put(batch)
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         nonlocal state
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         state, metrics = step(state, batch, key, frozen)
         jax.block_until_ready((state, metrics))
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     run()
     return run
 
 
-def _alternate(repeats: int, timed: dict[str, Timed]) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+def _alternate(repeats: int, timed: dict[str, Timed]) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, by the clock and on the processor, taken in turns."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for _ in range(repeats):
         for name, run in timed.items():
             seconds[name].append(run())
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        name: (statistics.median(clock), statistics.median(cpu))
+        for name, (clock, cpu) in ((n, zip(*times)) for n, times in seconds.items())
+    }
 
 
 def _rates(name: str, config: Config, work: Any, seconds: float, rate: float) -> list[Figure]:
@@ -188,10 +193,12 @@ def _dpo(config: Config, model: LlamaConfig, rate: float) -> list[Figure]:
         medians = _alternate(config.repeats, timed)
     ours = medians.pop("shared")
     work = step_work(model, [model])(shared)
-    return [
-        Figure(f"dpo_step/{name}", ours, "s", n=config.repeats, peer=name, peer_value=theirs)
+    rows = [
+        Figure(f"{row}/{name}", ours[i], "s", n=config.repeats, peer=name, peer_value=theirs[i])
+        for i, row in enumerate(("dpo_step", "dpo_step_cpu"))
         for name, theirs in medians.items()
-    ] + _rates("dpo_step", config, work, ours, rate)
+    ]
+    return rows + _rates("dpo_step", config, work, ours[0], rate)
 
 
 def _packed(name: str, config: Config, model: LlamaConfig, rate: float) -> list[Figure]:
@@ -211,7 +218,7 @@ def _packed(name: str, config: Config, model: LlamaConfig, rate: float) -> list[
         frozen = Frozen(*(init(jax.random.key(config.seed + i), model) for i in range(3)))
         others = [model] * 3
     run = _stepper(config, model, loss, batch, frozen)
-    seconds = _alternate(config.repeats, {name: run})[name]
+    seconds, _ = _alternate(config.repeats, {name: run})[name]
     work = step_work(model, others)(batch)
     return [
         Figure(f"{name}_step", seconds, "s", n=config.repeats),
@@ -229,7 +236,7 @@ def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
     names += ("num_heads", "num_kv_heads", "head_dim")
     shapes = {name: getattr(model, name) for name in names}
     shapes |= {name: getattr(config, name) for name in ("pairs", "prompt", "completion")}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
         path = Path(folder) / "shapes.json"
         path.write_text(json.dumps(shapes))
         try:
@@ -237,7 +244,7 @@ def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
                 [str(config.peer_python), str(_PEER), str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=said,  # not a pipe, which would fill up and stop it
                 text=True,
             )
         except OSError as error:
@@ -246,15 +253,16 @@ def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
             ) from error
         try:
             note("Tunix compiles")
-            found = _answer(process, config)["parameters"]
+            found = _answer(process, config, said)["parameters"]
             if found != count(model):
                 raise EgjaxError(f"Tunix's model has {found} parameters, ours {count(model)}")
 
-            def step() -> float:
+            def step() -> tuple[float, float]:
                 assert process.stdin is not None
                 process.stdin.write("step\n")
                 process.stdin.flush()
-                return _answer(process, config)["seconds"]
+                answer = _answer(process, config, said)
+                return answer["seconds"], answer["cpu_seconds"]
 
             yield step
         finally:
@@ -262,14 +270,14 @@ def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
             process.communicate()
 
 
-def _answer(process: subprocess.Popen, config: Config) -> dict[str, Any]:
+def _answer(process: subprocess.Popen, config: Config, said: TextIO) -> dict[str, Any]:
     """The peer's next line of JSON; libraries print others."""
     assert process.stdout is not None
-    assert process.stderr is not None
     for line in process.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    last = process.stderr.read().strip().splitlines()[-1:] or ["without a word"]
+    said.seek(0)
+    last = said.read().strip().splitlines()[-1:] or ["without a word"]
     raise EgjaxError(
         f"the peer ended: {last[0]}",
         where=str(config.peer_python),

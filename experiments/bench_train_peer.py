@@ -55,17 +55,17 @@ def main():
     batch = dpo.TrainingInput(*prompt, *chosen, *rejected)
 
     def step():
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         loss, aux, norm = train_step(trainer._prepare_inputs(batch))
         jax.block_until_ready((loss, aux, norm, nnx.state(policy)))
-        return time.perf_counter() - begin, float(loss)
+        spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return {"seconds": spent[0], "cpu_seconds": spent[1], "loss": float(loss)}
 
     step()
     sizes = [x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param))]
     print(json.dumps({"parameters": int(sum(sizes))}), flush=True)
     for _ in sys.stdin:
-        seconds, loss = step()
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+        print(json.dumps(step()), flush=True)
 
 
 if __name__ == "__main__":

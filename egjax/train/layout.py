@@ -132,9 +132,9 @@ def placed_step(
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Rounds floating-point weights to a type."""
+    """Rounds floating-point weights to a type; those that have it are not copied."""
 
     def one(x: jax.Array) -> jax.Array:
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype else x
 
     return jax.tree.map(one, params)

@@ -95,7 +95,8 @@ def test_a_run_that_is_struck_again_and_again_ends_like_one_that_is_not(tmp_path
             resumes_at = max(whole_checkpoints(run), default=resumes_at)
         lost.append(seen[-1] - resumes_at)
     print(f"{number.name}: {KILLS} times, steps lost each time: {lost}")
-    # A checkpoint is begun every EVERY steps and whole before the next is begun.
+    # A checkpoint is begun every EVERY steps and whole before the next is begun: the one that was
+    # being written is lost with the steps after it. After SIGTERM nothing is.
     assert max(lost) <= (0 if number == signal.SIGTERM else 2 * EVERY)
     last = resumes_at + 5
     ends = [
@@ -134,7 +135,7 @@ def go(num_steps):
                key=jax.random.key(0), directory=sys.argv[1], log_every=1).state
 
 state = go(10)
-split = [x for x in jax.tree.leaves(state) if len({s.index for s in x.addressable_shards}) > 1]
+split = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
 digest = hashlib.sha256()
 for leaf in jax.tree.leaves(state):
     digest.update(np.asarray(leaf).tobytes())
@@ -144,6 +145,7 @@ if len(sys.argv) > 2:
 """
 
 
+@pytest.mark.slow
 def test_on_other_devices_the_state_is_the_same_and_the_loss_to_a_hundred_thousandth(
     tmp_path, request
 ):
@@ -205,6 +207,9 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_whole_checkpoints(tmp_path)
 
     def fill(done, _):
         if done == 5:
+            deadline = time.monotonic() + 60
+            while whole_checkpoints(tmp_path)[-1] < 4 and time.monotonic() < deadline:
+                time.sleep(0.05)  # it is written beside the training
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
 
     try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ def test_a_resumed_run_keeps_its_key(tmp_path):
 
 def test_rates_are_logged(tmp_path, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(loop_module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(loop_module, "progress", lambda *_: nullcontext(lambda *_: None))
     run(tmp_path, num_steps=2, work=lambda batch: Work(10.0, 500.0), peak=1000.0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

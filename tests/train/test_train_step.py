@@ -147,7 +147,9 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it():
     state, _ = step(init_state(init(), tx), next(data), jax.random.key(0))
     want = jax.tree.map(np.asarray, state)
     batch = next(data)
-    state, metrics = step(state, batch.replace(weights=batch.weights * np.inf), jax.random.key(0))
+    state, metrics = step(
+        state, batch.replace(weights=np.full_like(batch.weights, np.inf)), jax.random.key(0)
+    )
     assert not np.isfinite(metrics["loss"])
     for _ in range(2):
         assert int(state.step) == -2
