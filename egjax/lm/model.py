@@ -194,19 +194,19 @@ def trunk(
         # the row a segment begins.
         positions = before + jnp.arange(length)[None]  # [1, T], or [B, T] where rows count
     rope = rope_angles(config, positions)
-    stream = _stream_axes(config, tokens)
+    stream, inputs = _stream_axes(config, tokens)
 
     def layer(carry, scanned):
         x, store = carry
         weights, index = scanned
-        normed = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
+        normed = constrain(rms_norm(x, weights["attention_norm"], config.rms_norm_eps), *inputs)
         query, key, value = _project(weights, normed, rope)
         if store is not None:
             store, key, value = write(store, index, key, value)
         query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
         mixed = checkpoint_name(attend(query, key, value), "attention")
         x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
-        normed = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
+        normed = constrain(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps), *inputs)
         x = constrain(x + _mlp(weights, normed), *stream)
         return (x, store), x if return_hidden else None
 
@@ -293,17 +293,21 @@ def rotate(x: Array, rope: Rope) -> Array:
     return turned.astype(x.dtype)
 
 
-def _stream_axes(config: LlamaConfig, tokens: Array) -> tuple[str | None, ...]:
-    """Logical axes of the residual stream [B, T, D] on a mesh.
+def _stream_axes(
+    config: LlamaConfig, tokens: Array
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Logical axes on a mesh of the residual stream [B, T, D], and of what matrices take of it.
 
     Weights are split over `data` along D. With more tokens than D it moves less to gather them,
     and rows are split; with fewer (decoding) the weights stay where they are and the stream is
     split along D ("2D weight-stationary", Pope et al. 2022, arXiv 2211.05102). Between matrices
     that are split over `model` the stream is split along T, so that what is kept for the backward
-    pass is not kept on each of its devices (Korthikanti et al. 2022, arXiv 2205.05198).
+    pass is not kept on each of its devices (Korthikanti et al. 2022, arXiv 2205.05198). Told to,
+    the compiler gathers it before them; left to itself it gathered the matrices.
     """
-    few = tokens.size < config.hidden_size
-    return (None, None, "embed") if few else ("batch", "length", None)
+    if tokens.size < config.hidden_size:
+        return (None, None, "embed"), (None, None, "embed")
+    return ("batch", "length", None), ("batch", None, None)
 
 
 def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
