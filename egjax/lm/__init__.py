@@ -1,6 +1,8 @@
 """Language models: a Llama as a pure function, decoding of one or several, Hugging Face files.
 
 Modules: `config`, `params` (the table of tensors), `model`, `cache`, `generate`, `score`, `ratio`
-(decoding from the behaviour ratio), `hf` (checkpoints in and out), `tokenizer`, `nnx` (the same
-model for users of Flax). `hf` and `tokenizer` need the extra `lm`; the others the base install.
+(decoding from the behaviour ratio), `speculate` (the same tokens in fewer readings), `beam`,
+`stops` (stop strings), `constrain` (what a grammar allows), `hf` (checkpoints in and out),
+`tokenizer`, `nnx` (the same model for users of Flax). `hf` and `tokenizer` need the extra `lm`; the
+others the base install.
 """
