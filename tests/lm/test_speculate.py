@@ -173,7 +173,7 @@ def test_equal_models_keep_every_draft(three):
     assert np.array_equal(out.accepted, out.drafted)
 
 
-def test_useless_drafts_cost_two_rounds_and_two_percent(three, make_params):
+def test_useless_drafts_cost_two_rounds_and_one_percent(three, make_params):
     large, config = three[0]
     config = dataclasses.replace(config, eos_ids=(), max_seq_len=400)
     # Its greedy token is always 39, which the large model takes for unlikely.
@@ -187,7 +187,7 @@ def test_useless_drafts_cost_two_rounds_and_two_percent(three, make_params):
     )
     assert int(out.accepted[0]) == 0
     assert int(out.rounds + out.steps) == 200
-    assert int(out.rounds) <= 2 + 200 * 0.02
+    assert 2 <= int(out.rounds) <= 2 + 200 * 0.01
 
 
 def test_one_compilation_serves_prompts_of_a_bucket_any_temperature_and_cost(three):
