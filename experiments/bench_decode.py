@@ -7,7 +7,7 @@ Random models whose π̄ is plain to tell: `agree`: πᴸ and πᴱ prefer the s
 nearly every draft; `half`: π̄ takes each second or so; `never`: πᴸ is sure of another token, π̄
 takes none. Greedy decoding of the same prompts by the plain three-model loop and by speculation,
 in turns in one process; both must give the same tokens. Rows per case: `decode_speed`, tokens a
-second by medians after a warm-up, ratio = speculation ÷ plain; `decode_accepted`, share of drafts
+second by the best of the runs, ratio = speculation ÷ plain; `decode_accepted`, share of drafts
 kept; `decode_round_cost`, time of a round in plain steps, against the formula of
 `egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of weights that a plain step reads,
 `decode_cache_bytes`, of keys and values half-way; `decode_bandwidth`, both by the time of a plain
@@ -18,7 +18,6 @@ Hardware: two CPU cores, two minutes; a GPU.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -227,7 +226,7 @@ def _cache_bytes(config: LlamaConfig, options: Config) -> int:
 
 
 def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each form, run in turns after a warm-up."""
+    """Least seconds of each form, run in turns after a warm-up: what else runs only adds."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(repeats + 1):
         for name, run in forms.items():
@@ -235,7 +234,7 @@ def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
             jax.block_until_ready(run())
             if repeat:
                 taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: min(times) for name, times in taken.items()}
 
 
 def _bandwidth(size: int = 2**25) -> float:

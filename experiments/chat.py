@@ -248,7 +248,9 @@ def _decoded(
 ) -> tuple[Generation, str]:
     """The completion, and a remark on how it was decoded."""
     own = party.models[0][1]
-    batch = pad_prompts([prompt], pad_id=own.pad_id or 0)
+    room = min(c.max_seq_len for _, c in party.models) - config.max_new_tokens
+    bucket = 64 if -(-len(prompt) // 64) * 64 <= room else len(prompt)
+    batch = pad_prompts([prompt], pad_id=own.pad_id or 0, bucket=bucket)
     key = jax.random.key(config.seed)
     options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,

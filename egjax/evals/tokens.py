@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class Step:
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """Text of a token with its spaces and line ends to be seen; special tokens by name."""
     text = tokenizer.decode([token])
-    return text.replace(" ", "·").replace("\n", "⏎") or f"<{token}>"
+    return text.replace(" ", "·").replace("\n", "⏎") or tokenizer.token(token)
 
 
 def side_by_side(
@@ -177,11 +178,12 @@ def as_png(steps: Sequence[Step], *, title: str = "", footer: str = "") -> bytes
     require("matplotlib", "eval").use("Agg")
     plt = require("matplotlib.pyplot", "eval")
     names = list(steps[0].choices) if steps else []
-    above, below = title.count("\n") + 1, footer.count("\n") + 1
-    rows = max(len(steps), 1)
-    height = 0.3 * rows + 0.22 * (above + below) + 0.7
-    figure = plt.figure(figsize=(2.2 + 3.0 * max(len(names), 1), height), facecolor=LIGHT.page)
-    bottom, top = 0.22 * below + 0.15, 0.22 * above + 0.35
+    width = 2.2 + 3.0 * max(len(names), 1)
+    title, footer = _wrapped(title, width), _wrapped(footer, width)
+    rows, line = max(len(steps), 1), 0.16
+    bottom, top = line * (footer.count("\n") + 1) + 0.2, line * (title.count("\n") + 1) + 0.2
+    height = 0.3 * (rows + 1) + bottom + top
+    figure = plt.figure(figsize=(width, height), facecolor=LIGHT.page)
     axes = figure.add_axes((0.0, bottom / height, 1.0, 1 - (bottom + top) / height))
     axes.set_xlim(-0.62, len(names) * 1.04)
     axes.set_ylim(rows, -0.7)
@@ -219,13 +221,20 @@ def as_png(steps: Sequence[Step], *, title: str = "", footer: str = "") -> bytes
                         **{**font, "color": colour, "size": 7},
                     )
                 x += choice.probability
-    place = {"family": "DejaVu Sans", "size": 8.5, "color": LIGHT.text, "parse_math": False}
+    place = {"family": "DejaVu Sans Mono", "size": 8, "color": LIGHT.text, "parse_math": False}
     figure.text(0.015, 1 - 0.1 / height, title, va="top", **place)
     figure.text(0.015, 0.1 / height, footer, va="bottom", **place)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     plt.close(figure)
     return out.getvalue()
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Lines that a width holds, in the picture's fixed-width letters."""
+    most = int(inches * 14)
+    lines = [textwrap.wrap(line, most, drop_whitespace=False) or [""] for line in text.split("\n")]
+    return "\n".join(part for line in lines for part in line)
 
 
 def as_html(steps: Sequence[Step], *, title: str = "", footer: str = "") -> str:

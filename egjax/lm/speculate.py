@@ -53,8 +53,8 @@ _ARITHMETIC = {"cpu": 0.12}
 _ACCELERATOR = 0.006
 
 # The account of a row, in plain steps: what it starts with, what it may save up, and what a plain
-# token brings in. So the loss by useless drafts is at most one round, one step and 2 %.
-_START, _MOST, _INCOME = 1.0, 6.0, 0.02
+# token brings in. A row that starts with 1.5 may fail twice before it takes plain steps.
+_START, _MOST, _INCOME = 1.5, 6.0, 0.01
 
 
 class Speculation(NamedTuple):
@@ -132,9 +132,9 @@ def speculate(
             al. 2023), exact in distribution; where rounds fall (see `cost`) a row's draws depend
             on the other rows, their distribution never does.
         cost: time of a round in plain steps; None for `round_cost`. Each row keeps an account of
-            what the rounds saved it; while one that goes on is overdrawn, all take plain steps, of
-            which each brings in 0.02. So useless drafts cost at most 2 % and two rounds. 0 drafts
-            always.
+            the steps that rounds saved it, from 1.5 to at most 6; while one that goes on is
+            overdrawn, all take plain steps, of which each brings in 0.01. So useless drafts cost a
+            row 1.5 steps, one round and 1 % at most. 0 drafts always.
 
     Raises:
         EgjaxError: as `generate`; also where `draft` or `drafts` is out of range.

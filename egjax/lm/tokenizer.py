@@ -117,6 +117,10 @@ class Tokenizer:
             raise EgjaxError(f"the vocabulary has no token {token!r}")
         return found
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary writes it, such as `"<eos>"`; its number where it has none."""
+        return self._backend.id_to_token(token_id) or f"<{token_id}>"
+
     @property
     def pad_id(self) -> int:
         """Id of `<pad>`."""

@@ -28,12 +28,12 @@ def test_choices_are_those_of_full_passes(tokenizer):
     keys = jax.random.split(jax.random.key(0), 3)
     # Larger than at the start of training, so that the models differ.
     models = [(jax.tree.map(lambda leaf: 5 * leaf, init(key, config)), config) for key in keys]
-    prompt, completion = tokenizer.encode("Walk to"), tokenizer.encode(" milk.\n")
+    prompt = tokenizer.encode("Walk to")
+    completion = [*tokenizer.encode(" milk.\n"), tokenizer.eos_id]
     steps = side_by_side(
         models, NAMES, tokenizer, prompt, completion, combine=ratio_combine(alpha=0.5), top=3
     )
-    assert [step.token for step in steps][-1] == "⏎"
-    assert "".join(step.token for step in steps) == "·milk.⏎"
+    assert "".join(step.token for step in steps) == "·milk.⏎<eos>"
     row = jnp.array([[*prompt, *completion]])
     logits = [forward(p, c, row)[0] for p, c in models]
     logits.append(behaviour_ratio(*logits, alpha=0.5))
@@ -85,6 +85,8 @@ def test_the_picture_is_a_png_and_grows_with_the_tokens(steps):
     few = Image.open(io.BytesIO(as_png(steps, title="a $ title", footer="b")))
     many = Image.open(io.BytesIO(as_png(steps * 5, title="a $ title", footer="b")))
     assert few.format == "PNG"
+    wrapped = Image.open(io.BytesIO(as_png(steps, title="word " * 200, footer="b")))
+    assert (wrapped.width, wrapped.height > few.height) == (few.width, True)
     assert many.height > few.height
     assert many.width == few.width
     assert len(set(few.convert("RGB").getdata())) > 50
