@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gzip
 import json
 import os
 import signal
@@ -216,12 +217,27 @@ print("not reached")
 
 def test_hosts_are_connected_before_anything_is_asked_of_jax(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(common, "start_hosts", lambda: order.append("hosts"))
+    monkeypatch.setattr(common.hosts, "start_hosts", lambda: order.append("hosts") or 0)
     monkeypatch.setattr(common, "_machine_line", lambda: order.append("machine") or "")
     assert leave(lambda config: 0, tmp_path) == 0
     monkeypatch.setenv("EGJAX_MULTI_HOST", "1")
     assert leave(lambda config: 0, tmp_path) == 0
     assert order == ["machine", "hosts", "machine"]
+    monkeypatch.setenv("EGJAX_MULTI_HOST", "auto")  # a plain machine: no job of several
+    assert leave(lambda config: 0, tmp_path) == 0
+    assert order == ["machine", "hosts", "machine", "machine"]
+
+
+def test_a_profile_is_written_for_perfetto(script, tmp_path):
+    process = script(
+        "import jax; jax.block_until_ready(jax.numpy.ones(3) + 1)", "--profile", str(tmp_path / "p")
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (trace,) = (tmp_path / "p").rglob("perfetto_trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert list((tmp_path / "p").rglob("*.xplane.pb"))
+    assert str(trace) in err
 
 
 def test_a_reader_that_leaves_is_no_error(script):
