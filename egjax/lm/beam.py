@@ -145,10 +145,6 @@ def _beam_search(
         caches = tuple(out.cache for out in outs if out.cache is not None)
         return jax.nn.log_softmax(combine(logits)), caches
 
-    def taken(beams: Beams, places: Array) -> Beams:
-        """The beams [B, ...] at places [B, X]."""
-        return jax.tree.map(lambda leaf: jax.vmap(lambda x, i: x[i])(leaf, places), beams)
-
     def advance(loop: _Loop, logps: Array, caches: tuple[Cache, ...]) -> _Loop:
         """One token more, from its log-probabilities [B, W, V]."""
         vocabulary = logps.shape[-1]
@@ -156,7 +152,7 @@ def _beam_search(
         sums, index = jax.lax.top_k(sums, looked_at)
         parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
         logp = jnp.take_along_axis(logps.reshape(rows, -1), index, axis=1)
-        grown = taken(loop.open_, parent)
+        grown = _taken(loop.open_, parent)
         grown = Beams(
             tokens=grown.tokens.at[:, :, loop.step].set(token),
             logps=grown.logps.at[:, :, loop.step].set(logp),
@@ -166,7 +162,7 @@ def _beam_search(
         size = loop.step + 1
         ends = (token[..., None] == eos).any(-1) | (size == max_new_tokens)
         going, places = jax.lax.top_k(jnp.where(ends, sums + _NONE, sums), beams)
-        open_ = replace(taken(grown, places), scores=going)
+        open_ = replace(_taken(grown, places), scores=going)
         caches = _reordered(caches, jnp.take_along_axis(parent, places, axis=1))
 
         full = (loop.done.scores > _NONE / 2).all(axis=1)
@@ -177,7 +173,7 @@ def _beam_search(
         both = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1), loop.done, replace(grown, scores=scores)
         )
-        done = taken(both, jax.lax.top_k(both.scores, beams)[1])
+        done = _taken(both, jax.lax.top_k(both.scores, beams)[1])
 
         reach = jnp.float32(size)
         if stopping == "never":
@@ -223,6 +219,11 @@ def _beam_search(
         mask=real,
         scores=found.scores,
     )
+
+
+def _taken(beams: Beams, places: Array) -> Beams:
+    """The beams [B, ...] at places [B, X]."""
+    return jax.tree.map(lambda leaf: jax.vmap(lambda x, i: x[i])(leaf, places), beams)
 
 
 def _reordered(caches: tuple[Cache, ...], parent: Array) -> tuple[Cache, ...]:

@@ -49,10 +49,14 @@ def empty(config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False) 
         by_row: each row counts its own slots.
     """
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    store = constrain(jnp.zeros(shape, config.dtype), None, "batch", "kv_heads", None, None)
+
+    def store() -> Array:
+        return constrain(jnp.zeros(shape, config.dtype), None, "batch", "kv_heads", None, None)
+
+    # Two arrays: one array cannot be donated twice.
     return Cache(
-        keys=store,
-        values=store,
+        keys=store(),
+        values=store(),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         used=jnp.zeros((batch,) if by_row else (), jnp.int32),
     )

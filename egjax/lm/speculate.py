@@ -15,7 +15,7 @@ coupled rule Daliri et al. 2024 (arXiv 2408.07978).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -195,6 +195,186 @@ class _Loop:
     accepted: Array
 
 
+@dataclass(frozen=True)
+class _Decoder:
+    """What one call of `speculate` decodes from, and the parts of its loop."""
+
+    params: tuple[Params, ...]
+    configs: tuple[LlamaConfig, ...]
+    combine: Combine
+    rows: int
+    length: int
+    keys: Array
+    eos: Array
+    filler: Array
+    temperature: Array
+    top_p: Array
+    cost: Array
+    stops: Stops | None
+    max_new_tokens: int
+    draft: int
+    drafts: int
+    rule: Rule
+
+    def read(self, model: int, cache: Cache, tokens: Array, mask: Array, *, last: bool = False):
+        """One model's logits [B, T, V] (of the last token [B, 1, V]), and its cache."""
+        config = self.configs[model]
+        segments = mask.astype(jnp.int32)
+        out = trunk(self.params[model], config, tokens, segment_ids=segments, cache=cache)
+        assert out.cache is not None
+        final = out.final[:, -1:] if last else out.final
+        return unembed(self.params[model], config, final), out.cache
+
+    def choose(self, logits: Array, made: Array) -> Array:
+        """What `generate` draws from logits [B, T, V] as tokens made, made + 1, ...: [B, T]."""
+        steps = made[:, None] + jnp.arange(logits.shape[1])
+        flat_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.keys, steps).reshape(-1)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return draw(flat, flat_keys, self.temperature, self.top_p).reshape(steps.shape)
+
+    def going(self, loop: _Loop) -> Array:
+        return ~loop.ended & ~self.filler & (loop.made < self.max_new_tokens)
+
+    def keep(self, loop: _Loop, tokens: Array, logits: Array, number: Array) -> tuple[_Loop, Array]:
+        """Writes the first `number` [B] of tokens [B, T] behind those of the rows that go on.
+        Returns also how many were new: fewer where a row ends."""
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+        hits, states = follow(self.stops, loop.matched, tokens)
+        is_end = (tokens[..., None] == self.eos).any(-1) | hits
+        before = jnp.cumsum(is_end, axis=1) - is_end
+        kept = (jnp.arange(tokens.shape[1]) < number[:, None]) & (before == 0)
+        kept &= self.going(loop)[:, None]
+        kept &= loop.made[:, None] + jnp.arange(tokens.shape[1]) < self.max_new_tokens
+        new = kept.sum(axis=1)
+
+        def put(out: Array, made: Array, values: Array, kept: Array) -> Array:
+            old = jax.lax.dynamic_slice(out, (made,), values.shape)
+            return jax.lax.dynamic_update_slice(out, jnp.where(kept, values, old), (made,))
+
+        loop = replace(
+            loop,
+            made=loop.made + new,
+            tokens=jax.vmap(put)(loop.tokens, loop.made, tokens, kept),
+            logps=jax.vmap(put)(loop.logps, loop.made, logps, kept),
+            ended=loop.ended | (kept & is_end).any(axis=1),
+            matched=jnp.take_along_axis(states, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0],
+        )
+        return loop, new
+
+    def pending(self, loop: _Loop) -> Array:
+        """The last token of each row [B, 1], which no model has read."""
+        return jnp.take_along_axis(loop.tokens, jnp.maximum(loop.made - 1, 0)[:, None], axis=1)
+
+    def rewind(self, caches: Sequence[Cache], loop: _Loop) -> tuple[Cache, ...]:
+        """Caches that hold all tokens of a row but its last."""
+        used = self.length + loop.made - 1
+        return tuple(replace(cache, used=used) for cache in caches)
+
+    def step(self, loop: _Loop) -> _Loop:
+        """One token for every row, as `generate` has it."""
+        tokens, mask = self.pending(loop), self.going(loop)[:, None]
+        found = [self.read(m, cache, tokens, mask) for m, cache in enumerate(loop.caches)]
+        logits = self.combine(tuple(logits for logits, _ in found))
+        loop, _ = self.keep(
+            loop, self.choose(logits, loop.made), logits, jnp.ones(self.rows, jnp.int32)
+        )
+        return replace(
+            loop,
+            caches=self.rewind([cache for _, cache in found], loop),
+            balance=jnp.minimum(loop.balance + _INCOME, _MOST),
+            steps=loop.steps + 1,
+        )
+
+    def propose(self, loop: _Loop) -> tuple[Array, Array, Cache]:
+        """Drafts [B, K], the draft model's logits [B, K + 1, V] at them, and its cache."""
+        mask = self.going(loop)[:, None]
+
+        def one(carry, number):
+            token, cache = carry
+            logits, cache = self.read(self.draft, cache, token[:, None], mask)
+            steps = loop.made + number
+            step_keys = jax.vmap(jax.random.fold_in)(self.keys, steps)
+            if self.rule == "rejection":
+                step_keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, _DRAFT)
+            token = draw(logits[:, 0], step_keys, self.temperature, self.top_p)
+            return (token, cache), (token, logits[:, 0])
+
+        start = self.pending(loop)[:, 0], loop.caches[self.draft]
+        (_, cache), (tokens, logits) = jax.lax.scan(one, start, jnp.arange(self.drafts + 1))
+        return tokens[:-1].T, logits.swapaxes(0, 1), cache
+
+    def judge(self, proposed: Array, q: Array, logits: Array, made: Array) -> tuple[Array, Array]:
+        """Tokens [B, K + 1], of which the first accepted + 1 count, and how many drafts those are.
+
+        `q`, `logits` [B, K + 1, V]: of the draft model and of the target.
+        """
+        tokens = self.choose(logits, made)
+
+        def leading(agree: Array) -> Array:
+            return jnp.cumprod(agree, axis=1).sum(axis=1)
+
+        if self.rule == "coupled":
+            return tokens, leading(tokens[:, :-1] == proposed)
+        steps = made[:, None] + jnp.arange(self.drafts + 1)
+        step_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.keys, steps)
+
+        def stream(number: int) -> Array:
+            return jax.vmap(jax.vmap(partial(jax.random.fold_in, data=number)))(step_keys)
+
+        def sampled() -> tuple[Array, Array]:
+            target = jax.nn.softmax(sampling_logits(logits, self.temperature, self.top_p))
+            source = jax.nn.softmax(sampling_logits(q, self.temperature, self.top_p))[:, :-1]
+            taken = proposed[..., None]
+            p_taken = jnp.take_along_axis(target[:, :-1], taken, axis=-1)[..., 0]
+            q_taken = jnp.take_along_axis(source, taken, axis=-1)[..., 0]
+            uniform = jax.vmap(jax.vmap(jax.random.uniform))(stream(_ACCEPT))[:, :-1]
+            agree = uniform * q_taken < p_taken
+            rest = jnp.log(jnp.maximum(target[:, :-1] - source, 0))
+            # Equal distributions leave nothing; rounding alone can then have rejected.
+            empty_rest = (rest == -jnp.inf).all(-1, keepdims=True)
+            rest = jnp.where(empty_rest, jnp.log(target[:, :-1]), rest)
+            other = jax.vmap(jax.vmap(jax.random.categorical))(stream(_RESAMPLE)[:, :-1], rest)
+            mixed = jnp.where(agree, proposed, other.astype(jnp.int32))
+            return jnp.concatenate([mixed, tokens[:, -1:]], axis=1), leading(agree)
+
+        def likeliest() -> tuple[Array, Array]:
+            return tokens, leading(tokens[:, :-1] == proposed)
+
+        return jax.lax.cond(self.temperature > 0, sampled, likeliest)
+
+    def round_(self, loop: _Loop) -> _Loop:
+        """Up to K + 1 tokens for every row."""
+        proposed, q, cache = self.propose(loop)
+        tokens = jnp.concatenate([self.pending(loop), proposed], axis=1)
+        mask = jnp.broadcast_to(self.going(loop)[:, None], tokens.shape)
+        found = [
+            (q, cache) if m == self.draft else self.read(m, loop.caches[m], tokens, mask)
+            for m in range(len(self.configs))
+        ]
+        logits = self.combine(tuple(logits for logits, _ in found))
+        tokens, accepted = self.judge(proposed, q, logits, loop.made)
+        before = self.going(loop)
+        loop, new = self.keep(loop, tokens, logits, accepted + 1)
+        return replace(
+            loop,
+            caches=self.rewind([cache for _, cache in found], loop),
+            balance=jnp.minimum(loop.balance + new - self.cost, _MOST),
+            rounds=loop.rounds + 1,
+            drafted=loop.drafted + jnp.where(before, self.drafts, 0),
+            accepted=loop.accepted + jnp.minimum(accepted, new),
+        )
+
+    def solvent(self, loop: _Loop) -> Array:
+        return (~self.going(loop) | (loop.balance >= 0)).all()
+
+    def advance(self, loop: _Loop) -> _Loop:
+        # Two loops, not a conditional: a branch would copy the caches.
+        loop = jax.lax.while_loop(
+            lambda x: self.going(x).any() & self.solvent(x), self.round_, loop
+        )
+        return jax.lax.while_loop(lambda x: self.going(x).any() & ~self.solvent(x), self.step, loop)
+
+
 @partial(
     jax.jit,
     static_argnames=("configs", "combine", "max_new_tokens", "draft", "drafts", "rule"),
@@ -216,170 +396,32 @@ def _speculate(
     rule: Rule,
 ) -> Speculation:
     rows, length = prompts.tokens.shape
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
-    eos = jnp.array(configs[0].eos_ids, jnp.int32)
     pad = configs[0].pad_id or 0
-    filler = ~prompts.mask.any(axis=1)
     shape = rows, max_new_tokens + drafts + 1
 
-    def read(model: int, cache: Cache, tokens: Array, mask: Array, *, last: bool = False):
-        """One model's logits [B, T, V] (of the last token [B, 1, V]), and its cache."""
-        config = configs[model]
-        segments = mask.astype(jnp.int32)
-        out = trunk(params[model], config, tokens, segment_ids=segments, cache=cache)
-        assert out.cache is not None
-        final = out.final[:, -1:] if last else out.final
-        return unembed(params[model], config, final), out.cache
-
-    def choose(logits: Array, made: Array) -> Array:
-        """What `generate` draws from logits [B, T, V] as tokens made, made + 1, ...: [B, T]."""
-        steps = made[:, None] + jnp.arange(logits.shape[1])
-        flat_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, steps).reshape(-1)
-        flat = logits.reshape(-1, logits.shape[-1])
-        return draw(flat, flat_keys, temperature, top_p).reshape(steps.shape)
-
-    def going(loop: _Loop) -> Array:
-        return ~loop.ended & ~filler & (loop.made < max_new_tokens)
-
-    def keep(loop: _Loop, tokens: Array, logits: Array, number: Array) -> tuple[_Loop, Array]:
-        """Writes the first `number` [B] of tokens [B, T] behind those of the rows that go on.
-        Returns also how many were new: fewer where a row ends."""
-        logps = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-        hits, states = follow(stops, loop.matched, tokens)
-        is_end = (tokens[..., None] == eos).any(-1) | hits
-        before = jnp.cumsum(is_end, axis=1) - is_end
-        kept = (jnp.arange(tokens.shape[1]) < number[:, None]) & (before == 0)
-        kept &= going(loop)[:, None]
-        kept &= loop.made[:, None] + jnp.arange(tokens.shape[1]) < max_new_tokens
-        new = kept.sum(axis=1)
-
-        def put(out: Array, made: Array, values: Array, kept: Array) -> Array:
-            old = jax.lax.dynamic_slice(out, (made,), values.shape)
-            return jax.lax.dynamic_update_slice(out, jnp.where(kept, values, old), (made,))
-
-        loop = replace(
-            loop,
-            made=loop.made + new,
-            tokens=jax.vmap(put)(loop.tokens, loop.made, tokens, kept),
-            logps=jax.vmap(put)(loop.logps, loop.made, logps, kept),
-            ended=loop.ended | (kept & is_end).any(axis=1),
-            matched=jnp.take_along_axis(states, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0],
-        )
-        return loop, new
-
-    def pending(loop: _Loop) -> Array:
-        """The last token of each row [B, 1], which no model has read."""
-        return jnp.take_along_axis(loop.tokens, jnp.maximum(loop.made - 1, 0)[:, None], axis=1)
-
-    def rewind(caches: Sequence[Cache], loop: _Loop) -> tuple[Cache, ...]:
-        """Caches that hold all tokens of a row but its last."""
-        used = length + loop.made - 1
-        return tuple(replace(cache, used=used) for cache in caches)
-
-    def step(loop: _Loop) -> _Loop:
-        """One token for every row, as `generate` has it."""
-        tokens, mask = pending(loop), going(loop)[:, None]
-        found = [read(m, cache, tokens, mask) for m, cache in enumerate(loop.caches)]
-        logits = combine(tuple(logits for logits, _ in found))
-        loop, _ = keep(loop, choose(logits, loop.made), logits, jnp.ones(rows, jnp.int32))
-        return replace(
-            loop,
-            caches=rewind([cache for _, cache in found], loop),
-            balance=jnp.minimum(loop.balance + _INCOME, _MOST),
-            steps=loop.steps + 1,
-        )
-
-    def propose(loop: _Loop) -> tuple[Array, Array, Cache]:
-        """Drafts [B, K], the draft model's logits [B, K + 1, V] at them, and its cache."""
-        mask = going(loop)[:, None]
-
-        def one(carry, number):
-            token, cache = carry
-            logits, cache = read(draft, cache, token[:, None], mask)
-            steps = loop.made + number
-            step_keys = jax.vmap(jax.random.fold_in)(keys, steps)
-            if rule == "rejection":
-                step_keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, _DRAFT)
-            token = draw(logits[:, 0], step_keys, temperature, top_p)
-            return (token, cache), (token, logits[:, 0])
-
-        start = pending(loop)[:, 0], loop.caches[draft]
-        (_, cache), (tokens, logits) = jax.lax.scan(one, start, jnp.arange(drafts + 1))
-        return tokens[:-1].T, logits.swapaxes(0, 1), cache
-
-    def judge(proposed: Array, q: Array, logits: Array, made: Array) -> tuple[Array, Array]:
-        """Tokens [B, K + 1], of which the first accepted + 1 count, and how many drafts those are.
-
-        `q`, `logits` [B, K + 1, V]: of the draft model and of the target.
-        """
-        tokens = choose(logits, made)
-
-        def leading(agree: Array) -> Array:
-            return jnp.cumprod(agree, axis=1).sum(axis=1)
-
-        if rule == "coupled":
-            return tokens, leading(tokens[:, :-1] == proposed)
-        steps = made[:, None] + jnp.arange(drafts + 1)
-        step_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, steps)
-
-        def stream(number: int) -> Array:
-            return jax.vmap(jax.vmap(partial(jax.random.fold_in, data=number)))(step_keys)
-
-        def sampled() -> tuple[Array, Array]:
-            target = jax.nn.softmax(sampling_logits(logits, temperature, top_p))
-            source = jax.nn.softmax(sampling_logits(q, temperature, top_p))[:, :-1]
-            taken = proposed[..., None]
-            p_taken = jnp.take_along_axis(target[:, :-1], taken, axis=-1)[..., 0]
-            q_taken = jnp.take_along_axis(source, taken, axis=-1)[..., 0]
-            uniform = jax.vmap(jax.vmap(jax.random.uniform))(stream(_ACCEPT))[:, :-1]
-            agree = uniform * q_taken < p_taken
-            rest = jnp.log(jnp.maximum(target[:, :-1] - source, 0))
-            # Equal distributions leave nothing; rounding alone can then have rejected.
-            empty_rest = (rest == -jnp.inf).all(-1, keepdims=True)
-            rest = jnp.where(empty_rest, jnp.log(target[:, :-1]), rest)
-            other = jax.vmap(jax.vmap(jax.random.categorical))(stream(_RESAMPLE)[:, :-1], rest)
-            mixed = jnp.where(agree, proposed, other.astype(jnp.int32))
-            return jnp.concatenate([mixed, tokens[:, -1:]], axis=1), leading(agree)
-
-        def likeliest() -> tuple[Array, Array]:
-            return tokens, leading(tokens[:, :-1] == proposed)
-
-        return jax.lax.cond(temperature > 0, sampled, likeliest)
-
-    def round_(loop: _Loop) -> _Loop:
-        """Up to K + 1 tokens for every row."""
-        proposed, q, cache = propose(loop)
-        tokens = jnp.concatenate([pending(loop), proposed], axis=1)
-        mask = jnp.broadcast_to(going(loop)[:, None], tokens.shape)
-        found = [
-            (q, cache) if m == draft else read(m, loop.caches[m], tokens, mask)
-            for m in range(len(configs))
-        ]
-        logits = combine(tuple(logits for logits, _ in found))
-        tokens, accepted = judge(proposed, q, logits, loop.made)
-        before = going(loop)
-        loop, new = keep(loop, tokens, logits, accepted + 1)
-        return replace(
-            loop,
-            caches=rewind([cache for _, cache in found], loop),
-            balance=jnp.minimum(loop.balance + new - cost, _MOST),
-            rounds=loop.rounds + 1,
-            drafted=loop.drafted + jnp.where(before, drafts, 0),
-            accepted=loop.accepted + jnp.minimum(accepted, new),
-        )
-
-    def solvent(loop: _Loop) -> Array:
-        return (~going(loop) | (loop.balance >= 0)).all()
-
-    def advance(loop: _Loop) -> _Loop:
-        # Two loops, not a conditional: a branch would copy the caches.
-        loop = jax.lax.while_loop(lambda x: going(x).any() & solvent(x), round_, loop)
-        return jax.lax.while_loop(lambda x: going(x).any() & ~solvent(x), step, loop)
-
+    decoder = _Decoder(
+        params=params,
+        configs=configs,
+        combine=combine,
+        rows=rows,
+        length=length,
+        keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+        eos=jnp.array(configs[0].eos_ids, jnp.int32),
+        filler=~prompts.mask.any(axis=1),
+        temperature=temperature,
+        top_p=top_p,
+        cost=cost,
+        stops=stops,
+        max_new_tokens=max_new_tokens,
+        draft=draft,
+        drafts=drafts,
+        rule=rule,
+    )
     zero, zeros = jnp.int32(0), jnp.zeros(rows, jnp.int32)
     caches = [empty(config, rows, length + max_new_tokens + drafts) for config in configs]
     found = [
-        read(m, cache, prompts.tokens, prompts.mask, last=True) for m, cache in enumerate(caches)
+        decoder.read(m, cache, prompts.tokens, prompts.mask, last=True)
+        for m, cache in enumerate(caches)
     ]
     logits = combine(tuple(logits for logits, _ in found))
     loop = _Loop(
@@ -395,9 +437,9 @@ def _speculate(
         drafted=zeros,
         accepted=zeros,
     )
-    loop, _ = keep(loop, choose(logits, zeros), logits, zeros + 1)
-    loop = replace(loop, caches=rewind(loop.caches, loop))
-    loop = jax.lax.while_loop(lambda x: going(x).any(), advance, loop)
+    loop, _ = decoder.keep(loop, decoder.choose(logits, zeros), logits, zeros + 1)
+    loop = replace(loop, caches=decoder.rewind(loop.caches, loop))
+    loop = jax.lax.while_loop(lambda x: decoder.going(x).any(), decoder.advance, loop)
     result = Generation(
         tokens=loop.tokens[:, :max_new_tokens],
         logps=loop.logps[:, :max_new_tokens],

@@ -330,6 +330,51 @@ def _pack(facts: Mapping[Check, Array], word: int) -> Array:
     return total
 
 
+def _edge(ends: _Ends, node: Array) -> Array:
+    """Bits of an added edge as seen from a node, 0 where it is not one of its."""
+    back = jnp.where(ends.sink == node, swap(ends.bits), 0)
+    return jnp.where(ends.source == node, ends.bits, 0) | back
+
+
+def _columns(view: _View) -> _Ends:
+    return _Ends(*(x[:, None] for x in view.ends))
+
+
+def _later(view: _View, node: Array) -> tuple[Array, Array, Array]:
+    """What edges added later say of nodes, all [M]: the bits of `_View.ask` that they answer, how
+    many things they put ON a node, and how many nodes it is INSIDE."""
+
+    def answers(*row: Array) -> Array:
+        ends = _Ends(*row)
+        far = jnp.where(ends.source == node, ends.sink_ask, ends.source_ask)
+        return _edge(ends, node) & far
+
+    def counted(*row: Array) -> Array:
+        bits = _edge(_Ends(*row), node)
+        return (bits >> (_ON + 4) & 1) | (bits >> _INSIDE & 1) << 16
+
+    counts = _sum(_columns(view), counted).astype(jnp.int32)
+    return _any(_columns(view), answers), counts & 0xFFFF, counts >> 16
+
+
+def _room_key(inside: Array, room: Array, number: Array, mask: Array) -> Array:
+    """Order of a room, by its graph id, among what a node is INSIDE; the room's number is in it."""
+    return jnp.where(inside & (room >= 0), (number & mask) << 5 | room, _NO_KEY)
+
+
+def _later_room(view: _View, node: Array, mask: Array) -> Array:
+    """The least key [M] of a room that nodes are INSIDE by an edge added later."""
+
+    def key(*row: Array) -> Array:
+        ends = _Ends(*row)
+        first = ends.source == node
+        room = jnp.where(first, ends.sink_room, ends.source_room)
+        number = jnp.where(first, ends.sink_id, ends.source_id)
+        return _room_key(_has(_edge(ends, node), 1 << _INSIDE), room, number, mask)
+
+    return _least(_columns(view), key)
+
+
 def _facts(
     scene: Scene, state: State, view: _View, things: _Things, rules: Rules
 ) -> tuple[Array, Array, Array]:
@@ -353,45 +398,20 @@ def _facts(
     own_laden = _sum(state.nodes, lambda x: x >> 4 & 1).astype(jnp.int32)
     hit = jnp.where(mine, own_hit, hit) | (to_me & view.ask[me])
     laden = jnp.where(mine, own_laden, laden) + (to_me >> 4 & 1).astype(jnp.int32)
-    # Edges added later, each as seen from a node: what comes from the far end, and the edge's bits.
-    ends = _Ends(*(x[:, None] for x in view.ends))
-
-    def edge(ends: _Ends) -> Array:
-        back = jnp.where(ends.sink == node, swap(ends.bits), 0)
-        return jnp.where(ends.source == node, ends.bits, 0) | back
-
-    def far(ends: _Ends, sink: Array, source: Array) -> Array:
-        return jnp.where(ends.source == node, sink, source)
-
-    def answers(*row: Array) -> Array:
-        ends = _Ends(*row)
-        return edge(ends) & far(ends, ends.sink_ask, ends.source_ask)
-
-    def counted(*row: Array) -> Array:
-        bits = edge(_Ends(*row))
-        return (bits >> (_ON + 4) & 1) | (bits >> _INSIDE & 1) << 16
-
-    hit |= _any(ends, answers)
-    counts = _sum(ends, counted)
-    laden += (counts & 0xFFFF).astype(jnp.int32)
+    answers, on_later, inside_later = _later(view, node)
+    hit, laden = hit | answers, laden + on_later
 
     parents = things.parents
     live = (parents >= 0) & ~_has(_get(view.cut, parents) | cut, 1 << _INSIDE)
-    members = (counts >> 16).astype(jnp.int32) + _sum(live.astype(jnp.int32))
-    members += _has(flags, Flag.INSIDE_IN)
+    members = inside_later + _sum(live.astype(jnp.int32)) + _has(flags, Flag.INSIDE_IN)
     mask = settle(_modulus(members), state)
-
-    def first_room(inside: Array, room: Array, number: Array) -> Array:
-        return jnp.where(inside & (room >= 0), (number & mask) << 5 | room, _NO_KEY)
-
-    def added_room(*row: Array) -> Array:
-        ends = _Ends(*row)
-        room = far(ends, ends.sink_room, ends.source_room)
-        number = far(ends, ends.sink_id, ends.source_id)
-        return first_room(_has(edge(ends), 1 << _INSIDE), room, number)
-
-    key = _least((live, things.parent_room, things.parent_id), first_room)
-    key = jnp.minimum(key, _least(ends, added_room))
+    key = jnp.minimum(
+        _least(
+            (live, things.parent_room, things.parent_id),
+            lambda inside, room, number: _room_key(inside, room, number, mask),
+        ),
+        _later_room(view, node, mask),
+    )
     room = jnp.where(key == _NO_KEY, -1, key & 31)
     if rules.nested_rooms:
         outermost = jax.vmap(lambda node: _outermost(scene, view, node))(node)

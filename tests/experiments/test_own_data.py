@@ -128,7 +128,9 @@ def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
 def test_bfloat16_models_train_in_float32_and_stay_bfloat16(home, tmp_path, tokenizer):
     folder = make(tmp_path / "small", tokenizer, 0, dtype="bfloat16")
     # Steps far below the precision of bfloat16 around 1: they add up in the masters alone.
-    training = replace(SHORT, steps=8, learning_rate=1e-3, schedule="constant", accumulate=2)
+    training = replace(
+        SHORT, steps=8, learning_rate=1e-3, schedule="constant", layout=Layout(accumulate=2)
+    )
     done = sft.own_stage(
         sft.Config(data=home / "sft.jsonl", model=folder, run=tmp_path / "r", training=training)
     )
