@@ -18,6 +18,7 @@ from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import init
 from egjax.lm.tokenizer import Tokenizer
+from egjax.train.layout import Layout
 from experiments import distill, dpo, own, sft
 from experiments.training import Training
 
