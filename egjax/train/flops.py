@@ -97,10 +97,21 @@ def forward_flops(config: LlamaConfig, tokens: float, seen: float, outputs: floa
     return 2 * matrices + 4 * config.num_layers * heads * seen
 
 
+def _rows(array: Any) -> tuple[np.ndarray, float]:
+    """The rows of a batch that this process holds, and how many times as many there are."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array), 1.0
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    mine = np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+    return mine, len(array) / len(mine)
+
+
 def step_work(
     trained: LlamaConfig, frozen: Sequence[LlamaConfig] = ()
 ) -> Callable[[TokenBatch | PairBatch | SharedPairBatch], Work]:
-    """What a step does with a batch (numpy), for `egjax.train.loop.fit`.
+    """What a step does with a batch, for `egjax.train.loop.fit`.
+
+    Of several processes each counts its own rows for all.
 
     Args:
         trained: the model that is trained: forward and backward.
@@ -111,12 +122,13 @@ def step_work(
         tokens = flops = 0.0
         parts = (batch.chosen, batch.rejected) if isinstance(batch, PairBatch) else (batch,)
         for part in parts:
-            real = np.asarray(part.segment_ids) > 0
-            read = float(real.sum())
+            segments, share = _rows(part.segment_ids)
+            real = segments > 0
+            read = share * float(real.sum())
             # A token sees as many keys as it has positions before it, and itself.
-            seen = float((np.asarray(part.positions) + 1)[real].sum())
+            seen = share * float((_rows(part.positions)[0] + 1)[real].sum())
             shared = isinstance(part, SharedPairBatch)
-            outputs = float(np.asarray(part.target_mask).sum()) if shared else read
+            outputs = share * float(_rows(part.target_mask)[0].sum()) if shared else read
             passes = [forward_flops(config, read, seen, outputs) for config in (trained, *frozen)]
             tokens, flops = tokens + read, flops + 3 * passes[0] + sum(passes[1:])
         return Work(tokens, flops)
