@@ -1,7 +1,9 @@
 """What all tests share: the CPU, a cache of compiled programs, real data where it is to be had."""
 
+import gc
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,16 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"egjax-tests-{os.getuid()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops a file's compiled programs: hundreds of files' worth in one process end in a crash of
+    XLA (each keeps memory maps, of which a process may have 65,530)."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
