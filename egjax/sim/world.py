@@ -12,6 +12,7 @@ objects, `look` asks what is legal, and `take` plays a legal action on what `loo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,6 +48,9 @@ _VAIN_RETURN = len(VERBS) + 1
 _NESTING = 4  # containers in containers that the search for a room looks through
 _NO_KEY = jnp.iinfo(jnp.int32).max
 _BOTH_CLOSE = (1 << _CLOSE) | (16 << _CLOSE)
+_BODY = 1 << 8  # beside the bits of a row of edges
+_ID, _ROOM, _FOOD = 13, 22, 1 << 28  # shifts and bit of `_words`; rank in bits 0-11
+_CLOSED_BIT = Flag.CLOSED.value.bit_length() - 1
 
 
 def _has(word: Array, bit: int) -> Array:
@@ -123,11 +127,28 @@ def _least(values: Array | tuple[Array, ...], of: Callable[..., Array] = lambda 
     return fold(values, jnp.minimum, of)
 
 
-def to_lanes(row: Array) -> Array:
-    """uint32[N] of bytes as uint32[N/4] of four bytes each, as in `Scene.edges`."""
-    quarter = row.shape[0] // 4
-    parts = [row[k * quarter : (k + 1) * quarter] << (8 * k) for k in range(4)]
-    return parts[0] | parts[1] | parts[2] | parts[3]
+def to_lanes(rows: Array | tuple[Array, ...], of: Callable[..., Array] = lambda x: x) -> Array:
+    """uint32[N] of bytes as uint32[N/4] of four bytes each, as in `Scene.edges`.
+
+    `of` maps the rows to those bytes; the lanes are stored once, see `_stored`.
+    """
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    eighths = [_parts(row, 8) for row in rows]
+    parts = [of(*part) << (8 * (k // 2)) for k, part in enumerate(zip(*eighths, strict=True))]
+    return jnp.concatenate([parts[k] | parts[k + 2] | parts[k + 4] | parts[k + 6] for k in (0, 1)])
+
+
+def _stored(of: Callable[..., Array], *rows: Array) -> Array:
+    """`of(*rows)`, by halves of the first axis that are joined at last: XLA's CPU compiler stores
+    what is joined, where it computes other values anew for every reader."""
+    middle = (rows[0].shape[0] + 1) // 2
+    halves = [row[:middle] for row in rows], [row[middle:] for row in rows]
+    return jnp.concatenate([of(*half) for half in halves])
+
+
+def _parts(row: Array, count: int) -> list[Array]:
+    size = row.shape[0] // count
+    return [row[k * size : (k + 1) * size] for k in range(count)]
 
 
 def from_lanes(lanes: Array) -> Array:
@@ -143,34 +164,39 @@ def any_byte(lanes: Array | tuple[Array, ...], of: Callable[..., Array] = lambda
 
 
 class _Ends(NamedTuple):
-    """The overlay of added edges, unpacked, with what is asked of both ends; -1 for a free slot."""
+    """The overlay of added edges, unpacked; -1 for the ends of a free slot.
+
+    `at_source` and `at_sink` are their `_words`. `from_source` is what the edge is to its source,
+    `from_sink` what it is to its sink: the bits of a row of edges, from bit 8 what is asked of the
+    far end (`_ask`), from bit 16 its room number + 1, from bit 22 its id.
+    """
 
     source: Array
     sink: Array
     bits: Array
-    source_ask: Array
-    sink_ask: Array
-    source_room: Array
-    sink_room: Array
-    source_id: Array
-    sink_id: Array
+    at_source: Array
+    at_sink: Array
+    from_source: Array
+    from_sink: Array
 
 
 class _View(NamedTuple):
     """What every question to a state needs, computed once a state.
 
-    `cut` are the cut relations of each node, both directions; `ask` the bits of a node's row that
-    answer near, faced, enclosed and laden with food; lanes leave out cut edges. `room` is the
-    number of the character's room, `reach` and `connected` masks of the rooms that (open) doors
-    lead to, `nearest` the nearest closed door on the way to each room.
+    `words` as in `_words`; `cut` and `ask` are lanes (see `to_lanes`): the cut relations of each
+    node, both directions, and the bits of its row that answer near, faced, enclosed and laden with
+    food. `own_hit` are those that the character's own edges answer, `own_laden` counts the things
+    ON it. `room` is the number of the character's room, `reach` and `connected` masks of the rooms
+    that (open) doors lead to, `nearest` the nearest closed door on the way to each room.
     """
 
+    words: Array
     cut: Array
     ask: Array
-    ask_lanes: Array
-    on_lanes: Array
     ends: _Ends
     hands: Array
+    own_hit: Array
+    own_laden: Array
     room: Array
     reach: Array
     connected: Array
@@ -200,77 +226,127 @@ def _reachable(scene: Scene, start: Array, closed: Array) -> Array:
     return reach
 
 
-def _ends(scene: Scene, state: State, ask: Array) -> _Ends:
+def _words(ids: Array, rank: Array, room: Array, props: Array, flags: Array) -> Array:
+    """uint32[N]: all that is asked of the far end of an edge, so that it costs one gather: rank, id
+    modulo the largest m, room number + 1, whether it is food; near, faced, closed."""
+    number, place = ids.astype(jnp.uint32) & 511, (room + 1).astype(jnp.uint32)
+    food = _bits(_trait(props, Trait.EATABLE), _FOOD)
+    fixed = rank.astype(jnp.uint32) | number << _ID | place << _ROOM | food
+    near_faced = flags >> _CLOSE & 3  # edges from the character, CLOSE and FACING
+    return fixed | near_faced << 29 | flags << (31 - _CLOSED_BIT) & jnp.uint32(1 << 31)
+
+
+def _no_room(word: Array) -> Array:
+    """Whether a node is no room, of its word."""
+    return word & (63 << _ROOM) == 0
+
+
+def _ask(word: Array) -> Array:
+    """The bits of a node's row that say near, faced, enclosed and laden with food of its ends."""
+    near, faced, closed = (_has(word, 1 << bit) for bit in (29, 30, 31))
+    return (
+        _bits(near, (1 << _ON) | (1 << (_CLOSE + 4)))
+        | _bits(faced, 1 << (_FACING + 4))
+        | _bits(closed & _no_room(word), 1 << _INSIDE)
+        | _bits(_has(word, _FOOD), 1 << (_ON + 4))
+    )
+
+
+def _cut(flags: Array) -> Array:
+    """The relations that a node's initial edges have lost, both directions."""
+    cut = flags >> 10 & 15
+    return cut | cut << 4
+
+
+def _ends(state: State, words: Array) -> _Ends:
     bits = state.added & 255
     source = (state.added >> 20).astype(jnp.int32)
     sink = (state.added >> 8 & 4095).astype(jnp.int32)
+    at_source, at_sink = words[source], words[sink]
+
+    def seen(bits: Array, word: Array) -> Array:
+        return bits | _ask(word) << 8 | (word >> _ROOM & 63) << 16 | (word >> _ID & 511) << 22
+
     return _Ends(
         source=jnp.where(bits != 0, source, -1),
         sink=jnp.where(bits != 0, sink, -1),
         bits=bits,
-        source_ask=ask[source],
-        sink_ask=ask[sink],
-        source_room=scene.room[source],
-        sink_room=scene.room[sink],
-        source_id=scene.ids[source],
-        sink_id=scene.ids[sink],
+        at_source=at_source,
+        at_sink=at_sink,
+        from_source=_stored(seen, bits, at_sink),
+        from_sink=_stored(seen, swap(bits), at_source),
     )
+
+
+def _tally(flags: Array) -> tuple[list[Array], Array, Array]:
+    """The first node held in each hand, -1 for none; how many nodes the character is INSIDE; how
+    many are ON it.
+
+    Of an eighth of the nodes each, a bit in one of the four bytes of a word: one pass over all.
+    """
+    eighth = flags.shape[0] // 8
+    words = jnp.zeros(eighth, jnp.uint32)
+    for k, part in enumerate(_parts(flags, 8)):
+        right, left = part >> 8 & 1, part >> 1 & 1 << 8
+        inside, on_it = part << 15 & 1 << 16, part << 20 & 1 << 24
+        words |= (right | left | inside | on_it) << k
+    places = jnp.arange(eighth)
+
+    def first(word: Array, place: Array, shift: int) -> Array:
+        byte = word >> shift & 255
+        low = byte & (~byte + 1)
+        number = jax.lax.population_count(low - 1).astype(jnp.int32) * eighth + place
+        return jnp.where(byte != 0, number, _NO_KEY)
+
+    hands = [_least((words, places), partial(first, shift=shift)) for shift in (0, 8)]
+    counts = _sum(
+        words,
+        lambda x: jax.lax.population_count(x >> 16 & 255) << 16 | jax.lax.population_count(x >> 24),
+    ).astype(jnp.int32)
+    hands = [jnp.where(place == _NO_KEY, -1, place) for place in hands]
+    return hands, counts >> 16, counts & 0xFFFF
 
 
 def _view(scene: Scene, state: State) -> _View:
     flags = state.nodes
-    cut = flags >> 10 & 15
-    cut = cut | cut << 4
-    near = _has(flags, Flag.CLOSE_OUT)
-    closed = _has(flags, Flag.CLOSED) & (scene.room < 0)
-    ask = (
-        jnp.where(near, jnp.uint32((1 << _ON) | (1 << (_CLOSE + 4))), 0)
-        | jnp.where(_has(flags, Flag.FACING_OUT), jnp.uint32(1 << (_FACING + 4)), 0)
-        | jnp.where(closed, jnp.uint32(1 << _INSIDE), 0)
-        | jnp.where(_trait(scene.props, Trait.EATABLE), jnp.uint32(1 << (_ON + 4)), 0)
-    )
-    places = jnp.arange(flags.shape[0])
-    first = [
-        _least(
-            (flags, places), lambda x, place, hand=hand: jnp.where(_has(x, hand), place, _NO_KEY)
-        )
-        for hand in (Flag.HOLDS_RH, Flag.HOLDS_LH)
-    ]
-    hands = [jnp.where(place == _NO_KEY, -1, place) for place in first]
-    inside = flags >> _INSIDE & 1
-    here = _get(inside, scene.room_node) != 0
-    mask = _modulus(_sum(flags, lambda x: x >> _INSIDE & 1))
+    words = _stored(_words, scene.ids, scene.rank, scene.room, scene.props, flags)
+    hands, members, own_laden = _tally(flags)
+    ask, cut = to_lanes(words, _ask), to_lanes(flags, _cut)
+    own_hit = any_byte((to_lanes(flags, _own), ask), jnp.bitwise_and)
+    here = _get(flags >> _INSIDE & 1, scene.room_node) != 0
     numbers = jnp.arange(here.shape[0])
     room_ids = _get(scene.ids, scene.room_node)
-    key = _least(jnp.where(here, (room_ids & mask) << 5 | numbers, _NO_KEY))
+    key = _least(jnp.where(here, (room_ids & _modulus(members)) << 5 | numbers, _NO_KEY))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
-    *hands, room = _settle_all(state, (*hands, room))
+    *hands, room, own_hit, own_laden = _settle_all(state, (*hands, room, own_hit, own_laden))
     door_closed = _has(_get(flags, scene.door_node), Flag.CLOSED)
     start = jnp.maximum(room, 0)
-    path = scene.door_path[start]
+    path, doors = scene.door_path[start], _get(scene.door_node, scene.door_path, -1)[start]
     blocked = (path >= 0) & door_closed[path]
-    barrier = jnp.argmax(blocked, -1)[:, None]
-    nearest = _get(scene.door_node, jnp.take_along_axis(path, barrier, -1)[:, 0], -1)
+    nearest = jnp.full(path.shape[0], -1, jnp.int32)
+    for d in reversed(range(path.shape[1])):
+        nearest = jnp.where(blocked[:, d], doors[:, d], nearest)
     linked = scene.connected[start].astype(jnp.uint32) << numbers.astype(jnp.uint32)
     connected = jnp.where(room >= 0, _any(linked), 0)
     reach = _reachable(scene, room, door_closed)
     reach, connected = _settle_all(state, (reach, connected))
     return _View(
+        words=words,
         cut=cut,
         ask=ask,
-        ask_lanes=to_lanes(ask & ~cut),
-        on_lanes=to_lanes(~cut & (16 << _ON)),
-        ends=_ends(scene, state, ask),
+        ends=_ends(state, words),
         hands=jnp.stack(hands),
+        own_hit=own_hit,
+        own_laden=own_laden,
         room=room,
         reach=reach,
         connected=connected,
-        nearest=jnp.where(blocked.any(-1), nearest, -1),
+        nearest=nearest,
     )
 
 
 class _Things(NamedTuple):
-    """What never changes of M nodes.
+    """What never changes of M nodes, or of one, then without the axis M.
 
     Attributes:
         node: int32[M], 0 for an absent one; `present` bool[M].
@@ -293,13 +369,19 @@ class _Things(NamedTuple):
     door_of: Array
 
 
+def _along(values: Array, nodes: Array) -> Array:
+    """Values [X, ...] beside [X, M]; as they are if the nodes are a single one. (An axis of one or
+    two objects would be the innermost loop.)"""
+    return values[:, None] if nodes.ndim else values
+
+
 def _things(scene: Scene, nodes: Array) -> _Things:
     present = (nodes >= 0) & (_get(scene.ids, nodes, -1) >= 0)
     node = jnp.maximum(nodes, 0)
     props = scene.props[node]
     parents = scene.inside[node].T
-    mine = (scene.door_node[:, None] == node) & (scene.door_node >= 0)[:, None]
-    between = _any(jnp.where(mine, scene.door_between[:, None], 0))
+    door, rooms = _along(scene.door_node, node), _along(scene.door_between, node)
+    between = _any(jnp.where((door == node) & (door >= 0), rooms, 0))
     return _Things(
         node=node,
         present=present,
@@ -330,49 +412,45 @@ def _pack(facts: Mapping[Check, Array], word: int) -> Array:
     return total
 
 
-def _edge(ends: _Ends, node: Array) -> Array:
-    """Bits of an added edge as seen from a node, 0 where it is not one of its."""
-    back = jnp.where(ends.sink == node, swap(ends.bits), 0)
-    return jnp.where(ends.source == node, ends.bits, 0) | back
-
-
-def _columns(view: _View) -> _Ends:
-    return _Ends(*(x[:, None] for x in view.ends))
+def _seen(ends: _Ends, node: Array) -> Array:
+    """What an added edge is to a node (see `_Ends`), 0 where it is not one of its."""
+    back = jnp.where(ends.sink == node, ends.from_sink, 0)
+    return jnp.where(ends.source == node, ends.from_source, 0) | back
 
 
 def _later(view: _View, node: Array) -> tuple[Array, Array, Array]:
-    """What edges added later say of nodes, all [M]: the bits of `_View.ask` that they answer, how
-    many things they put ON a node, and how many nodes it is INSIDE."""
+    """What edges added later say of nodes, all [M]: the bits of `_ask` that they answer, how many
+    things they put ON a node, and how many nodes it is INSIDE."""
 
     def answers(*row: Array) -> Array:
-        ends = _Ends(*row)
-        far = jnp.where(ends.source == node, ends.sink_ask, ends.source_ask)
-        return _edge(ends, node) & far
+        seen = _seen(_Ends(*row), node)
+        return seen & seen >> 8 & 255
 
     def counted(*row: Array) -> Array:
-        bits = _edge(_Ends(*row), node)
-        return (bits >> (_ON + 4) & 1) | (bits >> _INSIDE & 1) << 16
+        seen = _seen(_Ends(*row), node)
+        return (seen >> (_ON + 4) & 1) | (seen >> _INSIDE & 1) << 16
 
-    counts = _sum(_columns(view), counted).astype(jnp.int32)
-    return _any(_columns(view), answers), counts & 0xFFFF, counts >> 16
+    ends = _Ends(*(_along(x, node) for x in view.ends))
+    counts = _sum(ends, counted).astype(jnp.int32)
+    return _any(ends, answers), counts & 0xFFFF, counts >> 16
 
 
 def _room_key(inside: Array, room: Array, number: Array, mask: Array) -> Array:
     """Order of a room, by its graph id, among what a node is INSIDE; the room's number is in it."""
-    return jnp.where(inside & (room >= 0), (number & mask) << 5 | room, _NO_KEY)
+    return jnp.where(inside & (room >= 0), (number & mask) << 6 | (room + 1), _NO_KEY)
 
 
 def _later_room(view: _View, node: Array, mask: Array) -> Array:
     """The least key [M] of a room that nodes are INSIDE by an edge added later."""
 
     def key(*row: Array) -> Array:
-        ends = _Ends(*row)
-        first = ends.source == node
-        room = jnp.where(first, ends.sink_room, ends.source_room)
-        number = jnp.where(first, ends.sink_id, ends.source_id)
-        return _room_key(_has(_edge(ends, node), 1 << _INSIDE), room, number, mask)
+        seen = _seen(_Ends(*row), node)
+        inside = _has(seen, 1 << _INSIDE) & _has(seen, 63 << 16)
+        return jnp.where(inside, (seen >> 16).astype(jnp.int32) & kept, _NO_KEY)
 
-    return _least(_columns(view), key)
+    kept = mask << 6 | 63
+
+    return _least(_Ends(*(_along(x, node) for x in view.ends)), key)
 
 
 def _facts(
@@ -381,40 +459,40 @@ def _facts(
     """Facts about nodes as first argument (word 1) and as second (part of word 2), and the number
     of the room they are in, -1 for none. All [M]."""
     node, props = things.node, things.props
-    flags, cut = state.nodes[node], view.cut[node]
+    flags = state.nodes[node]
+    cut = _cut(flags)
     mine = node == scene.character
     me = scene.character
     to_me = jnp.where(mine, 0, swap(flags & 255))
 
     # Edges that the scene has from the start, as far as they are not cut.
-    hit = any_byte((things.lanes, view.ask_lanes[:, None]), jnp.bitwise_and) & ~cut
+    live = ~_along(view.cut, node)
+    hit = any_byte((things.lanes, _along(view.ask, node) & live), jnp.bitwise_and) & ~cut
     on_it = _sum(
-        (things.lanes, view.on_lanes[:, None]),
-        lambda row, on: jax.lax.population_count(row & on),
+        (things.lanes, live),
+        lambda row, live: jax.lax.population_count(row & live & (16 << _ON) * 0x01010101),
     )
     laden = jnp.where(_has(cut, 16 << _ON), 0, on_it).astype(jnp.int32)
     # The character's own edges stand in the flags of the others.
-    own_hit = _any((state.nodes, view.ask), lambda x, ask: x & ask & 255)
-    own_laden = _sum(state.nodes, lambda x: x >> 4 & 1).astype(jnp.int32)
-    hit = jnp.where(mine, own_hit, hit) | (to_me & view.ask[me])
-    laden = jnp.where(mine, own_laden, laden) + (to_me >> 4 & 1).astype(jnp.int32)
+    hit = jnp.where(mine, view.own_hit, hit) | (to_me & _ask(view.words[me]))
+    laden = jnp.where(mine, view.own_laden, laden) + (to_me >> 4 & 1).astype(jnp.int32)
     answers, on_later, inside_later = _later(view, node)
     hit, laden = hit | answers, laden + on_later
 
     parents = things.parents
-    live = (parents >= 0) & ~_has(_get(view.cut, parents) | cut, 1 << _INSIDE)
-    members = inside_later + _sum(live.astype(jnp.int32)) + _has(flags, Flag.INSIDE_IN)
+    inside = (parents >= 0) & ~_has(_cut(_get(state.nodes, parents)) | cut, 1 << _INSIDE)
+    members = inside_later + _sum(inside.astype(jnp.int32)) + _has(flags, Flag.INSIDE_IN)
     mask = settle(_modulus(members), state)
     key = jnp.minimum(
         _least(
-            (live, things.parent_room, things.parent_id),
+            (inside, things.parent_room, things.parent_id),
             lambda inside, room, number: _room_key(inside, room, number, mask),
         ),
         _later_room(view, node, mask),
     )
-    room = jnp.where(key == _NO_KEY, -1, key & 31)
+    room = jnp.where(key == _NO_KEY, -1, (key & 63) - 1)
     if rules.nested_rooms:
-        outermost = jax.vmap(lambda node: _outermost(scene, view, node))(node)
+        outermost = jnp.vectorize(lambda node: _outermost(scene, state, view, node))(node)
         number = _get(scene.room, outermost, -1)
         room = jnp.where((members == 1) & (number >= 0), number, room)
     room = jnp.where(mine, view.room, room)
@@ -466,22 +544,23 @@ def _facts(
     return _pack(facts, 1), _pack(target, 2), room
 
 
-def _outermost(scene: Scene, view: _View, node: Array) -> Array:
+def _outermost(scene: Scene, state: State, view: _View, node: Array) -> Array:
     """What a node is INSIDE of at last, a room or what is in nothing further; -1 for nothing."""
-    outer = _outer(scene, view, node)
+    outer = _outer(scene, state, view, node)
     for _ in range(_NESTING):
         arrived = (outer < 0) | (_get(scene.room, outer, -1) >= 0)
-        outer = jnp.where(arrived, outer, _outer(scene, view, outer))
+        outer = jnp.where(arrived, outer, _outer(scene, state, view, outer))
     return outer
 
 
-def _outer(scene: Scene, view: _View, node: Array) -> Array:
+def _outer(scene: Scene, state: State, view: _View, node: Array) -> Array:
     """The first node, room or not, that a node is INSIDE; -1 for none (or for no node)."""
     at = jnp.maximum(node, 0)
     parents = scene.inside[at]
-    far, bits = _far(view, at)
+    far, _, bits = _far(view, at)
     into = _has(bits, 1 << _INSIDE)
-    live = (parents >= 0) & ~_has(_get(view.cut, parents) | view.cut[at], 1 << _INSIDE)
+    cut = _cut(_get(state.nodes, parents)) | _cut(state.nodes[at])
+    live = (parents >= 0) & ~_has(cut, 1 << _INSIDE)
     mask = _modulus(live.sum() + into.sum())
     ends, members = jnp.concatenate([parents, far]), jnp.concatenate([live, into])
     key = (_get(scene.ids, ends) & mask) << 12 | _get(scene.rank, ends)
@@ -527,11 +606,14 @@ def _resolve(
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
-def _effect(rules: Rules, row: Array) -> Effect:
-    """One row of the effects, gathered at once: a gather a column costs as much for each."""
+def _effect(rules: Rules, row: Array) -> tuple[Effect, list[Array]]:
+    """One row of the rules, effects and the order of checks; gathered at once, for a gather a
+    column costs as much for each."""
     columns = [np.asarray(column) for column in rules.effects]
-    numbers = jnp.asarray(np.stack([x.astype(np.uint32) for x in columns], axis=1))[row]
-    return Effect(*(numbers[i].astype(x.dtype) for i, x in enumerate(columns)))
+    table = np.stack([x.astype(np.uint32) for x in (*columns, *np.asarray(rules.order).T)], axis=1)
+    numbers = jnp.asarray(table)[row]
+    effect = Effect(*(numbers[i].astype(x.dtype) for i, x in enumerate(columns)))
+    return effect, [x.astype(jnp.int32) for x in numbers[len(columns) :]]
 
 
 class Table(NamedTuple):
@@ -664,7 +746,7 @@ def take(
     about = seen.about[slot]
     puts = _has(about, 1 << (Check.RETURNABLE - 32))
     row = _resolve(rules, verb, _get(scene.props, obj), about, puts, seen.character)
-    effect = _effect(rules, row)
+    effect, _ = _effect(rules, row)
     return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot], rules)
 
 
@@ -689,9 +771,9 @@ def step(
     stored = _get(state.grabbed, obj, -1).astype(jnp.int32)
     put_back = verb == _PUTOBJBACK
     target = jnp.where(put_back & (stored >= 0), stored >> 2, target)
-    things = _things(scene, jnp.stack([obj, target]))
-    abouts, targets, rooms = _facts(scene, state, view, things, rules)
-    about, as_target = abouts[0], targets[1]
+    # One by one: rows of two objects would make loops of two.
+    facts = jax.vmap(lambda node: _facts(scene, state, view, _things(scene, node), rules))
+    (about, _), (_, as_target), rooms = facts(jnp.stack([obj, target]))
     character = _character_facts(scene, state, view)
     props = _get(scene.props, obj)
     put_open = ((stored & 3) != _INSIDE) | _has(as_target, 1 << (Check.TARGET_OPEN - 64))
@@ -699,11 +781,15 @@ def step(
     puts = _has(about, 1 << (Check.HELD - 32)) & put_open
     puts &= _has(as_target, 1 << (Check.TARGET_NEAR - 64))
     row = _resolve(rules, verb, props, about, puts, character)
-    order = jnp.asarray(rules.order)[row]
-    word = jnp.where(order < 64, jnp.where(order < 32, props, about), as_target | character)
-    failed = (order >= 0) & ~_has(word >> (order & 31).astype(jnp.uint32), 1)
-    code = jnp.where(failed.any(), order[jnp.argmax(failed)] + 1, 0)
-    effect = _effect(rules, row)
+    (row,) = _settle_all(state, (row,))
+    effect, order = _effect(rules, row)
+    words = _settle_all(state, (props, about, as_target | character))
+    code = jnp.int32(0)
+    for check in reversed(order):
+        word = jnp.where(check < 64, jnp.where(check < 32, words[0], words[1]), words[2])
+        failed = (check >= 0) & ~_has(word >> (check & 31).astype(jnp.uint32), 1)
+        code = jnp.where(failed, check + 1, code)
+    (code,) = _settle_all(state, (code,))
     after = _apply(scene, state, view, effect, obj, target, stored, rooms[0], rules)
     after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
@@ -711,17 +797,28 @@ def step(
 
 def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
     """uint32[N]: live edges of a node with every other, the overlay left out."""
-    row = from_lanes(scene.edges[node]) & ~(view.cut | view.cut[node])
-    row = jnp.where(jnp.arange(row.shape[0]) == scene.character, swap(state.nodes[node]), row)
-    return jnp.where(node == scene.character, _own(state.nodes), row)
+    own, flags = node == scene.character, state.nodes[node]
+    live = ~_cut(flags) & 255
+    own, live, to_me = _settle_all(state, (own, live * 0x01010101, swap(flags)))
+    lanes = scene.edges[node] & ~view.cut & live
+    numbers = jnp.arange(lanes.shape[0])
+    parts = []
+    # Joined at last, not first: what is joined is computed once, what follows for every reader.
+    for k, mine in enumerate(_parts(state.nodes, 4)):
+        at = numbers + k * lanes.shape[0] == scene.character
+        part = jnp.where(at, to_me, lanes >> (8 * k) & 255)
+        parts.append(jnp.where(own, _own(mine), part))
+    return jnp.concatenate(parts)
 
 
-def _far(view: _View, node: Array) -> tuple[Array, Array]:
-    """Far ends int32[X] and bits uint32[X] of added edges, as seen from a node; 0 for none."""
+def _far(view: _View, node: Array) -> tuple[Array, Array, Array]:
+    """Far ends int32[X], their `_words` and bits uint32[X] of added edges, as seen from a
+    node; 0 for none."""
     ends = view.ends
-    first, second = ends.source == node, ends.sink == node
-    bits = jnp.where(first, ends.bits, 0) | jnp.where(second, swap(ends.bits), 0)
-    return jnp.where(first, ends.sink, ends.source), bits
+    first = ends.source == node
+    far = jnp.where(first, ends.sink, ends.source)
+    word = jnp.where(first, ends.at_sink, ends.at_source)
+    return far, word, _seen(ends, node) & 255
 
 
 def _origin(
@@ -729,13 +826,13 @@ def _origin(
 ) -> Array:
     """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
     among those it is ON, then INSIDE, then CLOSE to."""
-    far, bits = _far(view, node)
-    far_room = _get(scene.room, far)
+    far, far_word, bits = _far(view, node)
+    words = view.words
 
-    def of_thing(bits: Array, room: Array) -> Array:
-        return jnp.where(room < 0, bits, 0)
+    def of_thing(bits: Array, word: Array) -> Array:
+        return jnp.where(_no_room(word), bits, 0)
 
-    kinds = _any((row, scene.room), of_thing) | _any((bits, far_room), of_thing)
+    kinds = _any((row, words), of_thing) | _any((bits, far_word), of_thing)
     relation = jnp.where(
         _has(kinds, 1 << _ON), _ON, jnp.where(_has(kinds, 1 << _INSIDE), _INSIDE, _CLOSE)
     )
@@ -752,48 +849,54 @@ def _origin(
         counted = _sum(row, lambda x: x >> shift & 1) + _sum(bits, lambda x: x >> shift & 1)
     (mask,) = _settle_all(state, (_modulus(counted.astype(jnp.int32)),))
 
-    def order(bits: Array, room: Array, number: Array, rank: Array) -> Array:
-        key = ((number & mask) << 1 | (bits >> 8).astype(jnp.int32)) << 12 | rank
-        return jnp.where(((bits >> shift & 1) != 0) & (room < 0), key, _NO_KEY)
+    kept = mask.astype(jnp.uint32) << _ID | 4095
 
-    best = jnp.minimum(
-        _least((row, scene.room, scene.ids, scene.rank), order),
-        _least((bits, far_room, _get(scene.ids, far), _get(scene.rank, far)), order),
-    )
+    def order(bits: Array, word: Array) -> Array:
+        key = (word & kept | (bits >> 8 << 12)).astype(jnp.int32)
+        return jnp.where(((bits >> shift & 1) != 0) & _no_room(word), key, _NO_KEY)
+
+    best = jnp.minimum(_least((row, words), order), _least((bits, far_word), order))
     return jnp.where(best == _NO_KEY, -1, scene.by_rank[best & 4095] * 4 + relation)
 
 
 def _close_by(
-    scene: Scene, state: State, view: _View, row: Array, node: Array, rules: Rules
+    scene: Scene, state: State, view: _View, row: Array, node: Array, walk: Array, rules: Rules
 ) -> Array:
-    """bool[N]: what walking to a node brings CLOSE besides it and what is carried: the containers
-    it is INSIDE, all body parts, and everything ON it if it is a surface (see `Rules.open_walk`
-    for the other way)."""
-    surface = _trait(scene.props[node], Trait.SURFACE)
+    """bool[N]: what walking to a node, if one walks, brings CLOSE besides it and what is carried:
+    the containers it is INSIDE, all body parts, and everything ON it if it is a surface (see
+    `Rules.open_walk` for the other way)."""
+    character, props = scene.character, scene.props[node]
+    thing = scene.room < 0
     here = jnp.arange(row.shape[0])
-    container = _has(row, 1 << _INSIDE) & (scene.room < 0) & (here != scene.character)
-    container &= node != scene.character  # its own INSIDE edges are gone before this is asked
-    body = _trait(scene.props, Trait.BODY_PART)
-    far, bits = _far(view, node)
-    wanted = _has(bits, 1 << _INSIDE) & (_get(scene.room, far) < 0)
+    # Which bits of the row count at a node, whatever the step; one bit more is the body's.
+    counts = (
+        _bits((here != character) & thing, 1 << _INSIDE)
+        | _bits(here != character, 1 << (_INSIDE + 4))
+        | _bits(_trait(scene.props, Trait.BODY_PART), _BODY)
+        | jnp.uint32((1 << _ON) | (1 << (_ON + 4)))
+    )
+    within = node != character  # else its own INSIDE edges are gone before this is asked
+    far, word, bits = _far(view, node)
+    outside = _bits(_no_room(word), 1 << _INSIDE) | ~jnp.uint32(1 << _INSIDE)
     if rules.open_walk:
         to_thing = scene.room[node] < 0
-        container, body, wanted = container & to_thing, body & to_thing, wanted & to_thing
         # Walking empties what is carried before it asks what is INSIDE.
-        opens = _trait(scene.props[node], Trait.CAN_OPEN) & ~(view.hands == node).any()
-        within = _has(row, 1 << (_INSIDE + 4)) & opens & (here != scene.character)
-        near = container | within | _has(row, 1 << _ON)
-        wanted |= _has(bits, 1 << _ON) | (_has(bits, 1 << (_INSIDE + 4)) & opens)
+        opens = _trait(props, Trait.CAN_OPEN) & ~(view.hands == node).any()
+        later = _bits(to_thing, 1 << _INSIDE) | _bits(opens, 1 << (_INSIDE + 4)) | (1 << _ON)
+        asked = later | _bits(to_thing, _BODY)
     else:
-        near = container | (_has(row, 1 << (_ON + 4)) & surface)
-        wanted |= _has(bits, 1 << (_ON + 4)) & surface
+        later = _bits(_trait(props, Trait.SURFACE), 1 << (_ON + 4)) | (1 << _INSIDE)
+        asked = later | _BODY
+    asked &= ~_bits(~within, 1 << _INSIDE)
+    asked, later = _settle_all(state, (_bits(walk, asked), _bits(walk, later)))
+    wanted = (bits & outside & later) != 0
     # As words of 32 nodes first: fewer comparisons than one for every node.
     words = jnp.arange(here.shape[0] // 32)
     bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
     marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
     marked = settle(marked, state)
-    near |= (jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1) != 0
-    return near | body
+    marked = jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1
+    return ((row | _BODY) & counts & asked | marked) != 0
 
 
 def _added(
@@ -861,22 +964,27 @@ def _apply(
     carried = close | jnp.uint32(Flag.CUT_INSIDE | Flag.CUT_CLOSE | Flag.CUT_FACING)
     took = effect.take & (origin >= 0)
     # What is set, and cleared, at single nodes; -1 for none.
-    points = (
-        (jnp.where(obj >= 0, node, -1), set_obj, effect.clear_obj),
-        (jnp.where(target >= 0, other, -1), effect.set_target, jnp.uint32(0)),
-        (me, effect.set_character, effect.clear_character),
-        (jnp.where(effect.walk, view.hands[0], -1), carried, jnp.uint32(0)),
-        (jnp.where(effect.walk, view.hands[1], -1), carried, jnp.uint32(0)),
-        (jnp.where(took, origin >> 2, -1), close, jnp.uint32(0)),
-        (room, jnp.uint32(Flag.INSIDE_OUT), jnp.uint32(0)),
+    at_obj = _settle_all(state, (jnp.where(obj >= 0, node, -1), set_obj, effect.clear_obj))
+    at_me = _settle_all(state, (me, effect.set_character, effect.clear_character))
+    target, set_target, left, right, came, room = _settle_all(
+        state,
+        (
+            jnp.where(target >= 0, other, -1),
+            effect.set_target,
+            *(jnp.where(effect.walk, hand, -1) for hand in view.hands),
+            jnp.where(took, origin >> 2, -1),
+            room,
+        ),
     )
-    points = [_settle_all(state, point) for point in points]
-    clear_all, walk, face = _settle_all(state, (effect.clear_all, effect.walk, effect.face))
-    cleared, set_ = clear_all, _bits(walk & _close_by(scene, state, view, row, node, rules), close)
-    set_ |= _bits(face & _has(row, 1 << _FACING), Flag.FACING_OUT)
-    for place, on, off in points:
-        at = here == place
-        cleared, set_ = cleared | _bits(at, off), set_ | _bits(at, on)
+    facing = _bits(effect.face, Flag.FACING_OUT)
+    clear_all, facing = _settle_all(state, (effect.clear_all, facing))
+    near = _close_by(scene, state, view, row, node, effect.walk, rules)
+    cleared, set_ = clear_all, _bits(near | (here == came), close)
+    set_ |= row & facing  # the same bit in a row and in the flags
+    set_ |= _bits((here == left) | (here == right), carried)
+    set_ |= _bits(here == target, set_target) | _bits(here == room, Flag.INSIDE_OUT)
+    for place, on, off in (at_obj, at_me):
+        cleared, set_ = cleared | _bits(here == place, off), set_ | _bits(here == place, on)
     flags = state.nodes & ~cleared | set_
     # The character's own entry holds its edges to itself, seen from both ends.
     own = flags & 15
