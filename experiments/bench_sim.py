@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.mesh import ONE_CORE
 from egjax.search.actions import action_table, encode_actions, table_sizes
 from egjax.sim import world
 from egjax.sim.goals import goal_predicates
@@ -161,7 +162,10 @@ def main(config: Config) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     spread = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
     specs = {"mesh": mesh, "in_specs": PartitionSpec("data"), "out_specs": PartitionSpec("data")}
-    execute, look = (jax.jit(jax.shard_map(fn, **specs)) for fn in (_execute, _look))
+    execute, look = (
+        jax.jit(jax.shard_map(fn, **specs), compiler_options=dict(ONE_CORE))
+        for fn in (_execute, _look)
+    )
     homes = -(-config.homes // mesh.size) * mesh.size
     data = load(config)
     one = jax.tree.map(lambda x: x[0], data.state)
@@ -190,5 +194,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     run_main(main, Config)

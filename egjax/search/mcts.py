@@ -34,7 +34,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from egjax.errors import EgjaxError, require
-from egjax.mesh import check_divides
+from egjax.mesh import ONE_CORE, check_divides
 from egjax.search.rules import RULES, Node, RuleName
 
 mctx = require("mctx", "search")
@@ -694,7 +694,9 @@ def _plant(
     return _sharded(mesh, work, batch=batch, out=_places())(params, embedding, keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5), donate_argnums=(3,))
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 4, 5), donate_argnums=(3,), compiler_options=dict(ONE_CORE)
+)
 def advance(
     world: World,
     config: SearchConfig,
