@@ -131,8 +131,8 @@ class Config:
     vocabulary: int = 128_256
     """Vocabulary V."""
     chunk: int = 64
-    """Tokens of which a teacher's logits exist at once in the chunked form; the student's, too, where
-    there are more tokens than the width."""
+    """Tokens of which a teacher's logits exist at once in the chunked form; the student's as well
+    where there are more tokens than the width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of hidden states and unembeddings; sums are float32."""
     repeats: int = 5

@@ -812,7 +812,7 @@ def chunked_loss(
     vocab_shards: int = 1,
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
-    """`Σ_i weights_i · loss_i` over tokens; its gradient is computed along with it.
+    """`Σ_i weights_i · loss_i` over tokens.
 
     For what is a weighted sum over tokens: distillation with `egjax.losses.distill`'s terms, SFT
     with `terms=forward_kl_terms` and `Targets` (weights: task weight times mask), the KL to the
@@ -826,7 +826,7 @@ def chunked_loss(
             the object, or a call outside of `jit` compiles anew.
         temperature: divides the logits of both; the result is not multiplied by its square.
         vocab_mask: bool[V], False for padded columns, which neither side may use.
-        tokens: at most so many have logits at once.
+        tokens: at most so many have logits at once; the student's only where there are more than D.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
         z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
             sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.
@@ -902,9 +902,10 @@ def chunked_token_losses(
     tokens: int = TOKENS,
     vocab_shards: int = 1,
 ) -> Array:
-    """The loss of each token, for any function of them; logits are formed again going backward.
+    """The loss of each token, for any function of them.
 
-    Args: as `chunked_loss`, which is cheaper where the result is a weighted sum.
+    Args: as `chunked_loss`, which is cheaper where the result is a weighted sum of more than D
+        tokens: then logits are formed again going backward here.
 
     Returns:
         float32[...], nats per token.
