@@ -1,18 +1,21 @@
 """Losses from hidden states and unembedding matrices: [batch, time, vocabulary] never exists.
 
-A loop takes a few tokens at a time (`tokens`, n of N), forms their logits against every model at
-hand, and with these their losses and gradients. With M models, width D and a vocabulary of V:
+N tokens, M models (student and teachers), width D, vocabulary V; a product takes 2·N·D·V
+operations, and all logits at once need M + 2 of them: M for logits, one for the hidden states' and
+one for the unembedding's gradient. Two ways; the sizes decide:
 
-- `chunked_loss` weights the tokens and sums them, so that the gradient is known as soon as the
-  logits are: M + 2 products of 2·N·D·V operations (M logits, one for the hidden states, one for the
-  unembedding), as many as without chunks.
-- `chunked_token_losses` gives one value a token, for losses that need all of a sequence before
-  they know how much a token counts (preferences). Its backward pass forms the logits anew: 2M + 2.
+- **In the gradient's place**, where N <= D: the student's logits are formed for all tokens, some
+  columns at a time, and kept where the unembedding's gradient will be, which has as many rows or
+  more. They are turned there into losses and the gradients of the logits, unweighted; once the
+  weights of the tokens are known (preferences know them after all sums), each block of columns
+  gives way to that block's gradient. M + 2 products for every loss, each of N tokens at once.
+- **A few tokens at a time** otherwise (`tokens`, n of N): what they give is added to a float32 sum
+  of the unembedding's gradient. `chunked_loss`, whose weights are known before, takes M + 2
+  products; `chunked_token_losses` forms the logits anew going backward: 2·M + 2.
 
-Both keep 4·n·V bytes per array of logits: one for `Targets`, two for a `Head` or a `Ratio`, three
-if its ratio is clipped. Each chunk reads every unembedding once going forward, the student's once
-more going backward, and its gradient is read and written, summed in float32 in place. That gradient
-is rounded to the matrix' type once; logits are never rounded.
+Either way the logits of a teacher exist for n tokens at a time, 4·n·V bytes for a `Head`, twice as
+many for a `Ratio`. Blocks that are multiplied take a few times 4·D·`COLUMNS` bytes. Gradients are
+rounded to the type of the matrix once; logits are never rounded.
 
 A loss is named by its terms (`egjax.losses.distill`) and a teacher: the negative log-likelihood
 is the forward KL to `Targets`, whose probability is all on one token.
@@ -52,9 +55,17 @@ Pick = Callable[[Array], Array]
 Scores = Array | Callable[[Array], Array]
 
 TOKENS = 64
-"""Tokens whose logits exist at once: more are faster, and take 4·V bytes each for every array."""
-COLUMNS = 512
-"""Columns of the vocabulary that are turned into losses and gradients at once."""
+"""Tokens of which a teacher's logits exist at once: more are faster, at 4·V bytes each an array."""
+COLUMNS = 1024
+"""Columns of the vocabulary that are multiplied at once."""
+
+
+ENTRIES = {"cpu": 2**18, "other": 2**22}
+"""Logits turned into losses at once: few stay in a CPU's cache; many keep an accelerator busy."""
+
+
+def _entries() -> int:
+    return ENTRIES.get(jax.default_backend(), ENTRIES["other"])
 
 
 def _allowed(x: Array, mask: Array | None, never: float) -> Array:
@@ -247,8 +258,17 @@ class _Settings:
     over devices stays split in [rows, chunks], which it would not in [chunks, rows].
     """
 
-    def __init__(self, terms: Terms, count: int, tokens: int, shards: int, z_loss: float = 0.0):
-        self.terms, self.count, self.shards, self.z_loss = terms, count, shards, z_loss
+    def __init__(
+        self,
+        terms: Terms,
+        count: int,
+        vocabulary: int,
+        tokens: int,
+        shards: int = 1,
+        z_loss: float = 0.0,
+    ):
+        self.terms, self.count, self.vocabulary = terms, count, vocabulary
+        self.shards, self.z_loss = shards, z_loss
         # Chunks that divide the tokens spare a padded copy of the hidden states.
         least = max(1, math.ceil(count / tokens))
         even = (n for n in range(least, 2 * least) if count % n == 0)
@@ -283,38 +303,9 @@ def _split(x: Array, axis: int, shards: int) -> Array:
     return x.reshape(*x.shape[:axis], shards, x.shape[axis] // shards, *x.shape[axis + 1 :])
 
 
-class _Rows(NamedTuple):
-    """The logits of a few tokens, and what turns a block of their columns into log-probabilities.
-
-    Arrays over the vocabulary are [..., V], or [..., S, V/S] for S devices.
-
-    Attributes:
-        student, teacher: logits and scores, or the int[n] of a teacher with one token.
-        norms: logs of the sums of their exponentials, over the temperature.
-        columns: int[V], numbers of the columns.
-        vocab_mask: bool[V] or None.
-        temperature: float32[].
-    """
-
-    student: Array
-    teacher: Array
-    norms: tuple[Array, Array]
-    columns: Array
-    vocab_mask: Array | None
-    temperature: Array
-
-    def block(self, logits: Array, start: Array) -> tuple[Array, Array]:
-        """Log-probabilities of student and teacher at the columns of some of the logits."""
-        width, tail = logits.shape[-1], (1,) * (logits.ndim - 1)
-        mask = None if self.vocab_mask is None else _cut(self.vocab_mask, start, width)
-        student = _allowed(logits / self.temperature, mask, NEVER)
-        student = student - self.norms[0].reshape(-1, *tail)
-        if self.teacher.ndim == 1:
-            right = self.teacher.reshape(-1, *tail) == _cut(self.columns, start, width)
-            return student, jnp.where(right, 0.0, -jnp.inf)
-        teacher = _cut(self.teacher, start, width) / self.temperature
-        teacher = _allowed(teacher, mask, -jnp.inf)
-        return student, teacher - self.norms[1].reshape(-1, *tail)
+def _device_letter(shards: int) -> str:
+    """Of the axis of devices in a formula."""
+    return "s" if shards > 1 else ""
 
 
 def _cut(x: Array, start: Array, width: int) -> Array:
@@ -322,67 +313,317 @@ def _cut(x: Array, start: Array, width: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, width, axis=x.ndim - 1)
 
 
-def _rows(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> _Rows:
-    """Logits of picked tokens."""
-    temperature, vocab_mask = rest
-    scores = teacher.scores(temperature, vocab_mask)
-    logits = (student if callable(scores) else student.after(scores)).logits()
-    scores = scores(logits) if callable(scores) else scores
-    known = scores.ndim == 1
-    of_scores = jnp.zeros(()) if known else _norm(scores / temperature, vocab_mask)
-    norms = _norm(logits / temperature, vocab_mask), of_scores
-    axis, shards = logits.ndim - 1, settings.shards
-    return _Rows(
-        student=_split(logits, axis, shards),
-        teacher=scores if known else _split(scores, axis, shards),
-        norms=norms,
-        columns=_split(jnp.arange(logits.shape[-1]), 0, shards),
-        vocab_mask=None if vocab_mask is None else _split(vocab_mask, 0, shards),
-        temperature=temperature,
-    )
+def _beside(x: Array, like: Array) -> Array:
+    """One value a token, [n], shaped to go with [n, ...]."""
+    return x.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _blocks(columns: int, shards: int) -> tuple[int, int, Callable[[Array], tuple[Array, Array]]]:
+def _blocks(size: int, width: int) -> tuple[int, int, Callable[[Array], tuple[Array, Array]]]:
     """Blocks that cover an axis: how many, their width, and (start, bool[width]) of each.
 
     The last block begins early enough to be full; what it shares with the one before it is False.
     """
-    width = min(columns, max(1, COLUMNS // shards))
+    width = min(size, max(1, width))
 
     def place(block: Array) -> tuple[Array, Array]:
-        start = jnp.minimum(block * width, columns - width)
+        start = jnp.minimum(block * width, size - width)
         return start, start + jnp.arange(width) >= block * width
 
-    return math.ceil(columns / width), width, place
+    return math.ceil(size / width), width, place
 
 
-def _sums(settings: _Settings, rows: _Rows) -> tuple[Array, Array]:
-    """Losses float32[n], and the sums of their slopes in the student's log-probabilities."""
-    count, width, place = _blocks(rows.student.shape[-1], settings.shards)
-    axes = tuple(range(1, rows.student.ndim))
+class _Rows(NamedTuple):
+    """What turns the logits of a few tokens into log-probabilities, some columns at a time.
 
-    def add(block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        start, fresh = place(block)
-        block_logps = rows.block(_cut(rows.student, start, width), start)
-        parts = _terms_and_slopes(settings.terms, *block_logps)
-        losses, slopes = (jnp.where(fresh, part, 0.0).sum(axes) for part in parts)
-        return sums[0] + losses, sums[1] + slopes
+    Arrays over the vocabulary are [..., V], or [..., S, V/S] for S devices.
 
-    zeros = jnp.zeros(rows.student.shape[0], jnp.float32)
-    return jax.lax.fori_loop(0, count, add, (zeros, zeros))
+    Attributes:
+        teacher: scores, or the int[n] of a teacher with one token.
+        norms: logs of the sums of exponentials of logits and scores, over the temperature.
+        slopes: float32[n], sums over the columns of each token's slopes in its log-probabilities.
+        columns: int[V], numbers of the columns.
+        vocab_mask: bool[V] or None.
+        temperature: float32[].
+    """
+
+    teacher: Array
+    norms: tuple[Array, Array]
+    slopes: Array
+    columns: Array
+    vocab_mask: Array | None
+    temperature: Array
+
+    def logps(self, logits: Array, start: Array) -> tuple[Array, Array]:
+        """Log-probabilities of student and teacher at the columns of some of the logits."""
+        width = logits.shape[-1]
+        mask = None if self.vocab_mask is None else _cut(self.vocab_mask, start, width)
+        student = _allowed(logits / self.temperature, mask, NEVER)
+        student = student - _beside(self.norms[0], logits)
+        if self.teacher.ndim == 1:
+            right = _beside(self.teacher, logits) == _cut(self.columns, start, width)
+            return student, jnp.where(right, 0.0, -jnp.inf)
+        teacher = _cut(self.teacher, start, width) / self.temperature
+        teacher = _allowed(teacher, mask, -jnp.inf)
+        return student, teacher - _beside(self.norms[1], logits)
+
+    def grads(self, terms: Terms, logits: Array, start: Array) -> Array:
+        """Gradients of the losses in some of the logits, times the temperature."""
+        student, teacher = self.logps(logits, start)
+        # Through log-softmax: the slope of a token, less its share of the sum of all slopes.
+        grads = _terms_and_slopes(terms, student, teacher)[1]
+        grads = grads - jnp.exp(student) * _beside(self.slopes, logits)
+        if self.vocab_mask is None:
+            return grads
+        return jnp.where(_cut(self.vocab_mask, start, logits.shape[-1]), grads, 0.0)
 
 
 def _terms_and_slopes(terms: Terms, student: Array, teacher: Array) -> tuple[Array, Array]:
     return jax.jvp(lambda s: terms(s, teacher), (student,), (jnp.ones_like(student),))
 
 
+def _measure(
+    settings: _Settings, read: Callable[[Array, int], Array], scores: Scores, rest: Any
+) -> tuple[_Rows, Array, Array]:
+    """Goes through the logits of n tokens.
+
+    Args:
+        settings: see there.
+        read: (start, width) -> logits float32[n, width], or [n, S, width].
+        scores: a teacher's, for these tokens.
+        rest: temperature and mask.
+
+    Returns:
+        What gives their gradients, losses and z-losses float32[n].
+    """
+    temperature, vocab_mask = rest
+    shards = settings.shards
+    size = settings.vocabulary // shards
+    if callable(scores):
+        whole = read(jnp.int32(0), size)
+        scores = scores(whole.reshape(whole.shape[0], -1))
+    known = scores.ndim == 1
+    scores = scores if known else _split(scores, 1, shards)
+    mask = None if vocab_mask is None else _split(vocab_mask, 0, shards)
+    count, width, place = _blocks(size, _entries() // (scores.shape[0] * shards))
+
+    # Sums of their own for each lane, added up at the end: so every step is elementwise.
+    zeros = jnp.zeros((scores.shape[0], *([shards] if shards > 1 else []), width), jnp.float32)
+    lanes = tuple(range(1, zeros.ndim))
+
+    def norm(read: Callable[[Array, int], Array]) -> Array:
+        def block(index: Array) -> Array:
+            start, fresh = place(index)
+            fresh = fresh if mask is None else fresh & _cut(mask, start, width)
+            return jnp.where(fresh, read(start, width) / temperature, -jnp.inf)
+
+        def most(index: Array, highest: Array) -> Array:
+            return jnp.maximum(highest, block(index))
+
+        highest = jax.lax.fori_loop(0, count, most, zeros - jnp.inf).max(lanes)
+
+        def add(index: Array, total: Array) -> Array:
+            return total + jnp.exp(block(index) - _beside(highest, zeros))
+
+        return jnp.log(jax.lax.fori_loop(0, count, add, zeros).sum(lanes)) + highest
+
+    norms = norm(read), jnp.zeros(()) if known else norm(partial(_cut, scores))
+    columns = _split(jnp.arange(settings.vocabulary), 0, shards)
+    rows = _Rows(scores, norms, jnp.zeros(()), columns, mask, temperature)
+
+    def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, fresh = place(index)
+        logps = rows.logps(read(start, width), start)
+        losses, slopes = _terms_and_slopes(settings.terms, *logps)
+        return sums[0] + jnp.where(fresh, losses, 0.0), sums[1] + jnp.where(fresh, slopes, 0.0)
+
+    losses, slopes = (x.sum(lanes) for x in jax.lax.fori_loop(0, count, add, (zeros, zeros)))
+    if settings.z_loss:
+        # The slope of the normaliser is the share p of a token, as is what it loses in `grads`.
+        slopes = slopes - 2 * settings.z_loss * norms[0]
+    return rows._replace(slopes=slopes), losses, settings.z_loss * norms[0] ** 2
+
+
+# --- in the gradient's place ----------------------------------------------------------------------
+
+
+class _Place:
+    """The unembedding's gradient before it is known: room for float32 rows of N tokens.
+
+    Arrays are [D, V] or [V, D] as the unembedding, their axis of columns split into [S, V/S] for S
+    devices. A token's row is one of D's where entries have 32 bits; where they have 16, its upper
+    halves are one and its lower halves another row, if D >= 2·N (otherwise the place is float32,
+    rounded in the end).
+
+    Attributes:
+        fits: whether there is room.
+    """
+
+    def __init__(self, settings: _Settings, head: Head):
+        weight, self.tied, self.shards = head.unembedding, head.tied, settings.shards
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.width = weight.shape[1 if head.tied else 0]
+        self.columns = head.vocabulary // self.shards
+        self.halves = self.width // 2 if weight.dtype.itemsize == 2 else 0
+        if settings.count > self.halves:
+            self.halves = 0
+        self.fits = settings.count <= self.width and weight.dtype.itemsize in (2, 4)
+
+    def empty(self) -> Array:
+        """Zeros."""
+        zeros = jnp.zeros(self.shape, jnp.uint16 if self.halves else jnp.float32)
+        return _split(zeros, 0 if self.tied else 1, self.shards)
+
+    def gradient(self, place: Array) -> Array:
+        """The gradient, once all of it was put there."""
+        place = place.reshape(self.shape)
+        if self.halves:
+            return jax.lax.bitcast_convert_type(place, self.dtype)
+        return place.astype(self.dtype)
+
+    def _at(self, row: Array | int, column: Array) -> tuple[Array | int, ...]:
+        device = (0,) if self.shards > 1 else ()
+        return (*device, column, row) if self.tied else (row, *device, column)
+
+    def _cut(self, place: Array, row: Array | int, rows: int, column: Array, width: int) -> Array:
+        device = (self.shards,) if self.shards > 1 else ()
+        sizes = (*device, width, rows) if self.tied else (rows, *device, width)
+        return jax.lax.dynamic_slice(place, self._at(row, column), sizes)
+
+    def read(self, place: Array, row: Array | int, rows: int, column: Array, width: int) -> Array:
+        """What is kept of some tokens: float32[rows, width], or [rows, S, width]."""
+        values = self._cut(place, row, rows, column, width)
+        if self.halves:
+            low = self._cut(place, row + self.halves, rows, column, width)
+            bits = (values.astype(jnp.uint32) << 16) | low.astype(jnp.uint32)
+            values = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.moveaxis(values, -1, 0) if self.tied else values
+
+    def write(self, place: Array, values: Array, row: Array | int, column: Array) -> Array:
+        """Keeps what `read` reads."""
+        values = jnp.moveaxis(values, 0, -1) if self.tied else values
+        if self.halves:
+            bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+            low = (bits & 0xFFFF).astype(jnp.uint16)
+            place = jax.lax.dynamic_update_slice(place, low, self._at(row + self.halves, column))
+            values = (bits >> 16).astype(jnp.uint16)
+        return jax.lax.dynamic_update_slice(place, values, self._at(row, column))
+
+    def put(self, place: Array, part: Array, column: Array, fresh: Array) -> Array:
+        """Puts columns of the gradient where `fresh`: float32 [D, width] or [width, D] if tied."""
+        if self.halves:
+            part = jax.lax.bitcast_convert_type(part.astype(self.dtype), jnp.uint16)
+        old = self._cut(place, 0, self.width, column, fresh.shape[0])
+        part = jnp.where(fresh[:, None] if self.tied else fresh, part, old)
+        return jax.lax.dynamic_update_slice(place, part, self._at(0, column))
+
+
+def _columns(head: Head, shards: int, start: Array, width: int) -> tuple[Array, str]:
+    """Columns of the unembedding, laid out as it is, and the letters of their axes."""
+    # Seemingly another matrix in each round: else the CPU's compiler cuts the blocks of a bfloat16
+    # matrix from a float32 copy of all of it.
+    weight, start = jax.lax.optimization_barrier((head.unembedding, start))
+    weight = _split(weight, 0 if head.tied else 1, shards)
+    axis = weight.ndim - (2 if head.tied else 1)
+    letters = _device_letter(shards) + "vd" if head.tied else f"d{_device_letter(shards)}v"
+    return jax.lax.dynamic_slice_in_dim(weight, start, width, axis=axis), letters
+
+
+def _keep(
+    settings: _Settings, student: Head, teacher: Teacher, rest: Any
+) -> tuple[tuple[Array, Array], Array]:
+    """Losses and z-losses float32[N], and the gradients of their sums in the logits, in place."""
+    place, shards = _Place(settings, student), settings.shards
+    count, width, at = _blocks(place.columns, COLUMNS // shards)
+
+    def multiply(block: Array, kept: Array) -> Array:
+        start, _ = at(block)
+        columns, letters = _columns(student, shards, start, width)
+        formula = f"nd,{letters}->n{letters.replace('d', '')}"
+        logits = jnp.einsum(formula, student.hidden, columns, preferred_element_type=jnp.float32)
+        return place.write(kept, logits, 0, start)
+
+    kept = jax.lax.fori_loop(0, count, multiply, place.empty())
+    rows = settings.rows
+    if isinstance(teacher, Targets):  # which have no logits that would take memory
+        rows = max(rows, _entries() // COLUMNS)
+    chunks, rows, chunk_at = _blocks(settings.count, rows)
+    tiles, tile, tile_at = _blocks(place.columns, _entries() // (rows * shards))
+
+    def chunk(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, values = carry
+        row, new = chunk_at(index)
+
+        def pick(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, row, rows, axis=0)
+
+        def read(start: Array, width: int) -> Array:
+            return place.read(kept, row, rows, start, width)
+
+        measured, *found = _measure(settings, read, teacher.pick(pick).scores(*rest), rest)
+
+        def turn(block: Array, kept: Array) -> Array:
+            start, fresh = tile_at(block)
+            logits = place.read(kept, row, rows, start, tile)
+            grads = measured.grads(settings.terms, logits, start)
+            fresh = fresh & _beside(new, logits)
+            # The quotient comes last because the CPU's compiler does not compute one twice: each
+            # half of it is written where logits are read.
+            grads = jnp.where(fresh, grads, logits) / jnp.where(fresh, measured.temperature, 1.0)
+            return place.write(kept, grads, row, start)
+
+        kept = jax.lax.fori_loop(0, tiles, turn, kept)
+        found = jnp.where(new, jnp.stack(found), jax.lax.dynamic_slice_in_dim(values, row, rows, 1))
+        return kept, jax.lax.dynamic_update_slice_in_dim(values, found, row, axis=1)
+
+    zeros = jnp.zeros((2, settings.count), jnp.float32)
+    kept, values = jax.lax.fori_loop(0, chunks, chunk, (kept, zeros))
+    return (values[0], values[1]), kept
+
+
+def _grads_of_kept(settings: _Settings, student: Head, kept: Array, weights: Array) -> Head:
+    """The gradient of the weighted sum of losses; the unembedding's takes the place of `kept`."""
+    place, shards = _Place(settings, student), settings.shards
+    count, width, at = _blocks(place.columns, COLUMNS // shards)
+    # Transposed once, which makes the product 1.2 times as fast on a CPU.
+    weighted = (student.hidden.astype(jnp.float32) * weights[:, None]).T
+    weighted = jax.lax.optimization_barrier(weighted)
+
+    def block(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, hidden = carry
+        start, fresh = at(index)
+        grads = jnp.where(fresh, place.read(kept, 0, settings.count, start, width), 0.0)
+        columns, letters = _columns(student, shards, start, width)
+        of_logits = f"n{letters.replace('d', '')}"
+        multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        hidden += multiply(f"{of_logits},{letters}->nd", grads, columns.astype(jnp.float32))
+        part = multiply(f"dn,{of_logits}->{letters}", weighted, grads)
+        return place.put(kept, part, start, fresh), hidden
+
+    zeros = jnp.zeros(student.hidden.shape, jnp.float32)
+    kept, hidden = jax.lax.fori_loop(0, count, block, (kept, zeros))
+    hidden = (hidden * weights[:, None]).astype(student.hidden.dtype)
+    return Head(hidden, place.gradient(kept), tied=student.tied)
+
+
+# --- a few tokens at a time -----------------------------------------------------------------------
+
+
+def _logits(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Any]:
+    """Logits of picked tokens, and what `_measure` returns for them."""
+    scores = teacher.scores(*rest)
+    # Scores that exist before the logits do: fewer arrays live at once.
+    logits = (student if callable(scores) else student.after(scores)).logits()
+    logits = _split(logits, 1, settings.shards)
+    return logits, _measure(settings, partial(_cut, logits), scores, rest)
+
+
 def _values(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Array]:
     """Losses and z-losses float32[N], nothing else kept."""
 
-    def chunk(_: None, index: Array) -> tuple[None, tuple[Array, Array]]:
+    def chunk(carry: None, index: Array) -> tuple[None, tuple[Array, ...]]:
         pick = settings.pick(index)
-        rows = _rows(settings, student.pick(pick), teacher.pick(pick), rest)
-        return None, (_sums(settings, rows)[0], settings.z_loss * rows.norms[0] ** 2)
+        _, (_, *values) = _logits(settings, student.pick(pick), teacher.pick(pick), rest)
+        return carry, tuple(values)
 
     losses, z_losses = jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1]
     return settings.merge(losses.T), settings.merge(z_losses.T)
@@ -399,15 +640,10 @@ def _values_and_grads(
         total, hidden = carry
         pick = settings.pick(index)
         head = student.pick(pick)
-        rows = _rows(settings, head, teacher.pick(pick), rest)
-        losses, slopes = _sums(settings, rows)
-        z_losses = settings.z_loss * rows.norms[0] ** 2
-        if settings.z_loss:
-            # The slope of the normaliser is the share p of a token, as is what it loses below.
-            slopes = slopes - 2 * settings.z_loss * rows.norms[0]
-        total, grads = _logit_grads(settings, rows, head, slopes, pick(weights), total)
+        logits, (rows, *values) = _logits(settings, head, teacher.pick(pick), rest)
+        total, grads = _logit_grads(settings, rows, logits, head, pick(weights), total)
         part = _hidden_grads(settings, student, grads).astype(hidden.dtype)
-        return (total, settings.put(hidden, part, index)), (losses, z_losses)
+        return (total, settings.put(hidden, part, index)), tuple(values)
 
     hidden = jnp.zeros((settings.rows, settings.chunks, weight.shape[axis]), student.hidden.dtype)
     total = _split(jnp.zeros(weight.shape, jnp.float32), 1 - axis, settings.shards)
@@ -427,22 +663,19 @@ def _hidden_grads(settings: _Settings, head: Head, grads: Array) -> Array:
         flat = grads.reshape(grads.shape[0], -1)
         part = jnp.einsum(formula, weight, flat, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(part).T  # else it is moved into the product
-    # In blocks, since the product of bfloat16 and float32 would take a float32 copy of the matrix;
-    # and as bits, since the CPU's compiler would cut the blocks from such a copy.
-    bits = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
-    device = "s" if settings.shards > 1 else ""
-    formula = (f"{device}vd" if head.tied else f"d{device}v") + f",n{device}v->dn"
-    cast = jax.lax.bitcast_convert_type
-    whole = _split(cast(weight, bits), 0 if head.tied else 1, settings.shards)
-    axis = whole.ndim - (2 if head.tied else 1)
-    count, width, place = _blocks(grads.shape[-1], settings.shards)
+    # In blocks, since the product of bfloat16 and float32 would take a float32 copy of the matrix.
+    device = _device_letter(settings.shards)
+    count, width, place = _blocks(grads.shape[-1], COLUMNS // settings.shards)
 
     def add(block: Array, total: Array) -> Array:
         start, fresh = place(block)
-        columns = cast(jax.lax.dynamic_slice_in_dim(whole, start, width, axis=axis), weight.dtype)
+        columns, letters = _columns(head, settings.shards, start, width)
         part = jnp.where(fresh, _cut(grads, start, width), 0.0)
         return total + jnp.einsum(
-            formula, columns.astype(jnp.float32), part, preferred_element_type=jnp.float32
+            f"{letters},n{device}v->dn",
+            columns.astype(jnp.float32),
+            part,
+            preferred_element_type=jnp.float32,
         )
 
     zeros = jnp.zeros((head.hidden.shape[-1], grads.shape[0]), jnp.float32)
@@ -450,41 +683,34 @@ def _hidden_grads(settings: _Settings, head: Head, grads: Array) -> Array:
 
 
 def _logit_grads(
-    settings: _Settings, rows: _Rows, head: Head, slopes: Array, weights: Array, total: Array
+    settings: _Settings, rows: _Rows, logits: Array, head: Head, weights: Array, total: Array
 ) -> tuple[Array, Array]:
     """Puts gradients in the place of the logits, and adds their product with the hidden states.
 
     Args:
         settings: see there.
         rows: n tokens.
+        logits: float32[n, V], as `_split` gives them.
         head: their hidden states.
-        slopes: float32[n], sums of the slopes of each token.
         weights: float32[n].
         total: float32, the unembedding's gradient as `_split` gives it.
 
     Returns:
-        `total` with what these tokens add, and the gradients of `rows.student`.
+        `total` with what these tokens add, and the gradients of the logits.
     """
-    count, width, place = _blocks(rows.student.shape[-1], settings.shards)
-    device = "s" if settings.shards > 1 else ""
+    count, width, place = _blocks(logits.shape[-1], COLUMNS // settings.shards)
+    device = _device_letter(settings.shards)
     formula = f"dn,n{device}v->" + (f"{device}vd" if head.tied else f"d{device}v")
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
     hidden = jax.lax.optimization_barrier(head.hidden.T)
-    axis, last = total.ndim - (2 if head.tied else 1), rows.student.ndim - 1
-    each = (-1, *(1,) * last)
-    scale, slopes = (weights / rows.temperature).reshape(each), slopes.reshape(each)
+    axis, last = total.ndim - (2 if head.tied else 1), logits.ndim - 1
+    scale = _beside(weights / rows.temperature, logits)
 
     def put(block: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         total, logits = carry
         start, fresh = place(block)
         old = _cut(logits, start, width)
-        student, teacher = rows.block(old, start)
-        _, grads = _terms_and_slopes(settings.terms, student, teacher)
-        # Through log-softmax: the slope of a token, less its share of the sum of all slopes.
-        grads = (grads - jnp.exp(student) * slopes) * scale
-        if rows.vocab_mask is not None:
-            grads = jnp.where(_cut(rows.vocab_mask, start, width), grads, 0.0)
-        new = jnp.where(fresh, grads, old)
+        new = jnp.where(fresh, scale * rows.grads(settings.terms, old, start), old)
         logits = jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=last)
         # Read back, so that the old columns have no other reader: else they are copied, all of
         # them in every round.
@@ -495,7 +721,7 @@ def _logit_grads(
         total = jax.lax.dynamic_update_slice_in_dim(total, before + outer, start, axis=axis)
         return total, logits
 
-    return jax.lax.fori_loop(0, count, put, (total, rows.student))
+    return jax.lax.fori_loop(0, count, put, (total, logits))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -523,19 +749,29 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> Array:
-    return _values(settings, student, teacher, rest)[0]
+def _each(settings: _Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Array]:
+    """Losses float32[N], of which no gradient is asked, and the same with z-losses."""
+    losses, z_losses = _values(settings, student, teacher, rest)
+    return losses, losses + z_losses
 
 
 def _each_forward(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any
-) -> tuple[Array, Any]:
-    return _values(settings, student, teacher, rest)[0], (student, teacher, rest)
+) -> tuple[tuple[Array, Array], Any]:
+    if not _Place(settings, student).fits:
+        losses, z_losses = _values(settings, student, teacher, rest)
+        return (losses, losses + z_losses), (student, None, (teacher, rest))
+    (losses, z_losses), kept = _keep(settings, student, teacher, rest)
+    return (losses, losses + z_losses), (student, kept, None)
 
 
-def _each_backward(settings: _Settings, kept: Any, cotangents: Array) -> Any:
-    student, teacher, rest = kept
-    _, grads = _values_and_grads(settings, student, teacher, rest, cotangents)
+def _each_backward(settings: _Settings, kept: Any, cotangents: tuple[Array, Array]) -> Any:
+    student, logit_grads, others = kept
+    if others is None:
+        grads = _grads_of_kept(settings, student, logit_grads, cotangents[1])
+    else:
+        teacher, rest = others
+        grads = _values_and_grads(settings, student, teacher, rest, cotangents[1])[1]
     return grads, None, None
 
 
@@ -559,7 +795,7 @@ def _flat(
             raise ValueError(f"an array of shape {x.shape} for tokens of shape {shape}")
         return x.reshape(count, *x.shape[len(shape) :])
 
-    settings = _Settings(terms, count, tokens, shards, z_loss)
+    settings = _Settings(terms, count, student.vocabulary, tokens, shards, z_loss)
     return settings, student.pick(flat), teacher.pick(flat), shape
 
 
@@ -576,7 +812,7 @@ def chunked_loss(
     vocab_shards: int = 1,
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
-    """`Σ_i weights_i · loss_i` over tokens; its gradient is computed along with it.
+    """`Σ_i weights_i · loss_i` over tokens.
 
     For what is a weighted sum over tokens: distillation with `egjax.losses.distill`'s terms, SFT
     with `terms=forward_kl_terms` and `Targets` (weights: task weight times mask), the KL to the
@@ -590,7 +826,7 @@ def chunked_loss(
             the object, or a call outside of `jit` compiles anew.
         temperature: divides the logits of both; the result is not multiplied by its square.
         vocab_mask: bool[V], False for padded columns, which neither side may use.
-        tokens: at most so many have logits at once.
+        tokens: at most so many have logits at once; the student's only where there are more than D.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
         z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
             sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.
@@ -605,8 +841,13 @@ def chunked_loss(
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards, z_loss)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
-    results: Any = _total(settings, student, teacher, rest, weights)
-    total, values = results
+    results: Any
+    if _Place(settings, student).fits:
+        results = _each(settings, student, teacher, rest)
+        values, total = results[0], (weights * results[1]).sum()
+    else:
+        results = _total(settings, student, teacher, rest, weights)
+        total, values = results
     return total, jax.lax.stop_gradient(values).reshape(shape)
 
 
@@ -628,8 +869,9 @@ def chunked_top_k(
         vocab_mask: bool[V], False for padded columns.
         tokens: at most so many have logits at once.
     """
-    shape = (teacher.large if isinstance(teacher, Ratio) else teacher).hidden.shape[:-1]
-    settings = _Settings(reverse_kl_terms, math.prod(shape), tokens, 1)
+    head = teacher.large if isinstance(teacher, Ratio) else teacher
+    shape = head.hidden.shape[:-1]
+    settings = _Settings(reverse_kl_terms, math.prod(shape), head.vocabulary, tokens)
     flat = teacher.pick(lambda x: x.reshape(settings.count, *x.shape[len(shape) :]))
     scale = jnp.asarray(temperature, jnp.float32)
 
@@ -660,9 +902,10 @@ def chunked_token_losses(
     tokens: int = TOKENS,
     vocab_shards: int = 1,
 ) -> Array:
-    """The loss of each token, for any function of them; logits are formed again going backward.
+    """The loss of each token, for any function of them.
 
-    Args: as `chunked_loss`, which is cheaper where the result is a weighted sum.
+    Args: as `chunked_loss`, which is cheaper where the result is a weighted sum of more than D
+        tokens: then logits are formed again going backward here.
 
     Returns:
         float32[...], nats per token.
@@ -670,7 +913,7 @@ def chunked_token_losses(
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     values: Any = _each(settings, student, teacher, rest)
-    return values.reshape(shape)
+    return values[1].reshape(shape)
 
 
 def chunked_token_logps(
