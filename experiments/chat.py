@@ -30,15 +30,8 @@ from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.evals.tokens import Step, as_html, as_png, as_table, side_by_side
 from egjax.lm import hf
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
-from egjax.lm.generate import (
-    Combine,
-    Generation,
-    Models,
-    completions,
-    first,
-    generate,
-    pad_prompts,
-)
+from egjax.lm.ensemble import Combine, Models, first
+from egjax.lm.generate import Generation, completions, generate, pad_prompts
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import speculate
 from egjax.lm.stops import Stops, cut, stop_table

@@ -22,8 +22,8 @@ from egjax.errors import require
 from egjax.evals.plots import LIGHT
 from egjax.evals.results import Role
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import Combine, Models
-from egjax.lm.model import forward
+from egjax.lm.ensemble import Combine, Models, read
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params
 from egjax.lm.tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ def side_by_side(
 
 @partial(jax.jit, static_argnames=("configs", "combine", "top"))
 def _read(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     tokens: jax.Array,
     *,
     configs: tuple[LlamaConfig, ...],
@@ -128,7 +128,7 @@ def _read(
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities and ids [M, T, top] of the likeliest next tokens, and log-probability and
     rank [M, T] of the token that did come."""
-    logits = [forward(p, c, tokens)[0] for p, c in zip(params, configs)]
+    logits = [x[0] for p, c in zip(params, configs) for x in read(p, c, tokens)[0]]
     if combine is not None:
         logits.append(combine(tuple(logits)))
     logps = jax.nn.log_softmax(jnp.stack(logits))
