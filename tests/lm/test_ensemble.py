@@ -51,29 +51,17 @@ class Even:
         assert token % 2 == 0
 
 
-def by_speculation(rule, temperature):
-    def decode(models):
-        return speculate(
-            models,
-            PROMPTS,
-            KEY,
-            draft=1,
-            drafts=3,
-            rule=rule,
-            temperature=temperature,
-            cost=0.0,
-            **OPTIONS,
-        )
-
-    return decode
+def sooner(models, temperature):
+    return speculate(
+        models, PROMPTS, KEY, draft=1, drafts=3, temperature=temperature, cost=0.0, **OPTIONS
+    )
 
 
 DECODERS = {
     "greedy": lambda models: generate(models, PROMPTS, KEY, temperature=0.0, **OPTIONS),
     "drawn": lambda models: generate(models, PROMPTS, KEY, temperature=0.8, **OPTIONS),
-    "speculation": by_speculation("coupled", 0.0),
-    "drawn speculation": by_speculation("coupled", 0.8),
-    "rejection": by_speculation("rejection", 0.8),
+    "speculation": lambda models: sooner(models, 0.0),
+    "drawn speculation": lambda models: sooner(models, 0.8),
     "beams": lambda models: beam_search(models, PROMPTS, beams=3, **OPTIONS),
     "grammar": lambda models: constrained(
         models, PROMPTS, KEY, [Even() for _ in range(3)], **OPTIONS
