@@ -1,26 +1,30 @@
 """Is π̄ decoded faster when its small expert drafts, and never slower?
 
-    python -m experiments.bench_decode [--rows 1] [--tokens 96] [--json]
+    python -m experiments.bench_decode [--rows 8] [--tokens 32] [--json]
     python -m experiments.bench_decode --large 8b --small 1b --dtype bfloat16    # one GPU
 
 Random models whose π̄ is plain to tell: `agree`: πᴸ and πᴱ prefer the same next token, π̄ takes
 nearly every draft; `half`: π̄ takes each second or so; `never`: πᴸ is sure of another token, π̄
 takes none. Greedy decoding of the same prompts by the plain three-model loop and by speculation,
 in turns in one process; both must give the same tokens. Rows per case: `decode_speed`, tokens a
-second by the best of the runs, ratio = speculation ÷ plain; `decode_accepted`, share of drafts
-kept; `decode_round_cost`, time of a round in plain steps, against the formula of
-`egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of weights that a plain step reads,
-`decode_cache_bytes`, of keys and values half-way; `decode_bandwidth`, both by the time of a plain
-step, ratio = share of the bandwidth that copying an array reaches in the same run.
-Bars: `decode_speed` ratio ≥ 1.5 in `agree`, ≥ 0.95 in `never`.
+second by the median of the runs, ratio = speculation ÷ plain; `decode_ratio`, the median of the
+ratios of two neighbouring runs, and the least and greatest of them; `decode_accepted`, share of
+drafts kept where all steps draft; `decode_round_cost` (`agree` alone), time of a round in plain
+steps, against the formula of `egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of
+weights that a plain step reads, `decode_cache_bytes`, of keys and values half-way;
+`decode_bandwidth`, both by the time of a plain step, ratio = share of the bandwidth that copying an
+array reaches in the same run. `--keep NAME` writes them to experiments/results/decode.
+Bars: `decode_ratio` ≥ 1.5 in `agree`, ≥ 0.95 in `never`.
 Hardware: two CPU cores, two minutes; a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -30,8 +34,10 @@ import tyro
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.evals.manifest import describe, write_atomic
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import Models, Prompts, generate
+from egjax.lm.ensemble import Models
+from egjax.lm.generate import Prompts, generate
 from egjax.lm.params import Params, count, init
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import Speculation, round_cost, speculate
@@ -53,6 +59,7 @@ SIZES: dict[Size, tuple[int, int, int, int, int, int]] = {
 }
 CASES = {"agree": 0.0, "half": 0.5, "never": 1.0}
 """Share of tokens after which the large model insists on another token than the expert."""
+_KEPT = Path(__file__).parent / "results" / "decode"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Config:
     """Timed runs of each form, after one that is not timed."""
     seed: int = 0
     """Of weights and prompts."""
+    keep: str = ""
+    """Also write the rows to `experiments/results/decode/NAME.json`, to be committed."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
@@ -91,10 +100,21 @@ def main(config: Config) -> None:
             f"no case {', '.join(unknown)}", where="--cases", remedy=f"of {', '.join(CASES)}"
         )
     bandwidth = _bandwidth()
+    rows: list[Figure] = []
     with progress("decoding", len(config.cases)) as advance:
         for done, name in enumerate(config.cases, start=1):
-            emit(*_measure(name, config, bandwidth), json=config.json)
+            found = _measure(name, config, bandwidth)
+            emit(*found, json=config.json)
+            rows += found
             advance(done, name)
+    if config.keep:
+        record = {
+            "manifest": asdict(describe(seeds=(config.seed,))),
+            "config": asdict(config),
+            "figures": [row.to_dict() for row in rows],
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(_KEPT / f"{config.keep}.json", text)
 
 
 def cases(config: Config, contrary: float) -> Models:
@@ -186,17 +206,20 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
         one: dict[str, Any] = {**options, "max_new_tokens": 1}
         return generate(models, prompts, key, **one)
 
-    forms = {"fast": fast, "plain": plain, "drafting": lambda: fast(0.0), "prefill": prefill}
-    seconds = _alternated(forms, config.repeats)
+    forms = {"fast": fast, "plain": plain, "prefill": prefill}
+    drafting, few = fast(0.0), CASES[name] == 0
+    if few:
+        forms["drafting"] = lambda: fast(0.0)
+    taken = _alternated(forms, config.repeats)
+    seconds = {form: float(np.median(times)) for form, times in taken.items()}
+    ratios = np.array(taken["plain"]) / np.array(taken["fast"])
     # The reading of the prompt is no step.
     step = (seconds["plain"] - seconds["prefill"]) / (config.tokens - 1)
-    round_ = (seconds["drafting"] - seconds["prefill"]) / int(fast(0.0).rounds)
     configs = [c for _, c in models]
-    formula = round_cost(configs, draft=1, drafts=config.drafts, rows=config.rows)
     rates = {form: config.rows * config.tokens / seconds[form] for form in ("fast", "plain")}
     weights = sum(count(c) * jnp.dtype(c.dtype).itemsize for c in configs)
     cached = sum(_cache_bytes(c, config) for c in configs)
-    drafted = int(found.drafted.sum())
+    drafted = int(drafting.drafted.sum())
     note(
         f"{name}: {int(found.rounds)} rounds and {int(found.steps)} plain steps "
         f"for {config.tokens} tokens"
@@ -206,16 +229,31 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
         known = {} if peer is None else {"peer": peer, "peer_value": theirs}
         return Figure(f"{what}/{name}", value, unit, n=config.repeats, seed=config.seed, **known)
 
-    return [
+    rows = [
         row("decode_speed", rates["fast"], "tokens/s", "plain loop", rates["plain"]),
-        row("decode_round_cost", round_ / step, "plain steps", "formula", formula),
+        Figure(
+            f"decode_ratio/{name}",
+            float(np.median(ratios)),
+            "ratio",
+            n=config.repeats,
+            low=float(ratios.min()),
+            high=float(ratios.max()),
+            seed=config.seed,
+        ),
         row(
             "decode_bandwidth", (weights + cached) / step, "bytes/s", "copy of an array", bandwidth
         ),
-        Figure(f"decode_accepted/{name}", int(found.accepted.sum()) / drafted, "fraction", drafted),
+        Figure(
+            f"decode_accepted/{name}", int(drafting.accepted.sum()) / drafted, "fraction", drafted
+        ),
         Figure(f"decode_weight_bytes/{name}", weights, "bytes", n=1),
         Figure(f"decode_cache_bytes/{name}", cached, "bytes", n=1),
     ]
+    if few:
+        cost = (seconds["drafting"] - seconds["prefill"]) / int(drafting.rounds) / step
+        formula = round_cost(configs, draft=1, drafts=config.drafts, rows=config.rows)
+        rows.append(row("decode_round_cost", cost, "plain steps", "formula", formula))
+    return rows
 
 
 def _cache_bytes(config: LlamaConfig, options: Config) -> int:
@@ -225,24 +263,23 @@ def _cache_bytes(config: LlamaConfig, options: Config) -> int:
     return options.rows * filled * per_token * jnp.dtype(config.dtype).itemsize
 
 
-def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Least seconds of each form, run in turns after a warm-up: what else runs only adds."""
+def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each form, run in turns after a warm-up, every second time the other way round."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(repeats + 1):
-        for name, run in forms.items():
+        for name in list(forms)[:: 1 if repeat % 2 else -1]:
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(forms[name]())
             if repeat:
                 taken[name].append(time.perf_counter() - begin)
-    return {name: min(times) for name, times in taken.items()}
+    return taken
 
 
 def _bandwidth(size: int = 2**25) -> float:
     """Bytes a second that reading and writing an array of 128 MiB reaches."""
     copy = jax.jit(lambda x: x + 1)
     values = jax.block_until_ready(jnp.zeros(size, jnp.float32))
-    seconds = _alternated({"": lambda: copy(values)}, 5)[""]
-    return 2 * values.nbytes / seconds
+    return 2 * values.nbytes / min(_alternated({"": lambda: copy(values)}, 5)[""])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Shows at every token what πᴸ, πᴱ and πᴺ and their composition π̄ think likeliest, then the plan; of a
 task (or `--scene` with `--goal`, as in `experiments.solve`) also the simulator's verdict on every
-step. At the prompt, `task NAME` takes a RobotHow task and anything else is a text to go on from.
+step. At the prompt, `task NAME` takes a RobotHow task, `task` alone one that the run held out of
+training, and anything else is a text to go on from.
 `--legal` allows only steps that the simulator accepts at that point. Models are those of a finished
 run, or Hugging Face folders of one tokenizer. Half a minute on two CPU cores, mostly compilation.
 """
@@ -16,12 +17,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import tyro
 
 from egjax.errors import EgjaxError, require
@@ -30,15 +32,8 @@ from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.evals.tokens import Step, as_html, as_png, as_table, side_by_side
 from egjax.lm import hf
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
-from egjax.lm.generate import (
-    Combine,
-    Generation,
-    Models,
-    completions,
-    first,
-    generate,
-    pad_prompts,
-)
+from egjax.lm.ensemble import Combine, Models, first
+from egjax.lm.generate import Generation, completions, generate, pad_prompts
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import speculate
 from egjax.lm.stops import Stops, cut, stop_table
@@ -157,11 +152,13 @@ def main(config: Config) -> None:
         if config.picture is not None:
             _picture(turn, config.picture)
         return
-    note("task NAME plans a RobotHow task; anything else is gone on from; an empty line leaves")
+    note("task NAME plans a RobotHow task, task alone one that is held out of training")
+    note("anything else is a text to go on from; an empty line leaves")
+    drawn = _held_out(config)
     while (line := _asked()) is not None:
         try:
             word, _, rest = line.partition(" ")
-            named = rest.strip() if word == "task" else ""
+            named = (rest.strip() or next(drawn)) if word == "task" else ""
             text = "" if named else line.replace("\\n", "\n")
             _show(_turn(config, party, text, _task(config, named)), config)
         except EgjaxError as error:
@@ -172,6 +169,19 @@ def _asked() -> str | None:
     """A line from the person, None at the end."""
     print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip() or None
+
+
+def _held_out(config: Config) -> Iterator[str]:
+    """Names of tasks in random order, without end: those that the run held out, else any."""
+    record = config.run / "tasks" / "tasks.json"
+    if record.is_file():
+        rows = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+        names = [row["name"] for row in rows if row["split"] != "train"]
+    else:
+        names = [program.name for program in programs(config.robothow)]
+    rng = np.random.default_rng(config.seed)
+    while True:
+        yield str(rng.choice(names))
 
 
 def _party(config: Config) -> Party:
@@ -280,9 +290,11 @@ def _show(turn: Turn, config: Config) -> None:
     console = require("rich.console", "cli").Console(
         width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 140))
     )
+    if turn.task is not None:
+        console.print(f"task {turn.task.name}", markup=False, highlight=False, style="bold")
     console.print(turn.prompt, markup=False, highlight=False)
     if turn.steps:
-        console.print(as_table(turn.steps))
+        console.print(as_table(turn.steps, width=console.width))
     for line in _outcome(turn):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -293,9 +305,12 @@ def _outcome(turn: Turn) -> list[str]:
     if turn.told:
         lines.append(turn.told)
     if turn.verdict is not None:
+        wide = max((len(step.text) for step in turn.verdict.steps), default=0)
         for number, step in enumerate(turn.verdict.steps, start=1):
             refused = f"refused: {step.reason or 'not tried'}"
-            lines.append(f"{number:3d}  {step.text:<40} {'accepted' if step.accepted else refused}")
+            lines.append(
+                f"{number:3d}  {step.text:<{wide}} {'accepted' if step.accepted else refused}"
+            )
         held = f"{turn.verdict.satisfied} of {turn.verdict.goals} goals hold"
         lines.append(f"{'solved' if turn.verdict.solved else 'not solved'}, {held}")
     return lines

@@ -30,7 +30,7 @@ from egjax.evals.plans import Verdict, judge, plan_length
 from egjax.evals.probing import ProbeConfig, probe
 from egjax.evals.text import correct, length_normalised, rouge_l
 from egjax.experience.records import Sample
-from egjax.lm.generate import Combine, Models, first
+from egjax.lm.ensemble import Combine, Models, first
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.score import pad_answers, score_ensemble

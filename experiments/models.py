@@ -12,15 +12,8 @@ import jax
 from egjax.errors import EgjaxError
 from egjax.experience.records import Sample as Text
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import (
-    Combine,
-    Models,
-    check_vocabularies,
-    completions,
-    first,
-    generate,
-    pad_prompts,
-)
+from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
+from egjax.lm.generate import completions, generate, pad_prompts
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, save_params
 from egjax.train.data import Sample

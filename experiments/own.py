@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import check_vocabularies
+from egjax.lm.ensemble import check_vocabularies
 from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import read_metadata

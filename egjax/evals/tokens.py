@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from egjax.errors import require
 from egjax.evals.plots import LIGHT
 from egjax.evals.results import Role
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import Combine, Models
-from egjax.lm.model import forward
+from egjax.lm.ensemble import Combine, Models, read
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params
 from egjax.lm.tokenizer import Tokenizer
 
@@ -119,7 +121,7 @@ def side_by_side(
 
 @partial(jax.jit, static_argnames=("configs", "combine", "top"))
 def _read(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     tokens: jax.Array,
     *,
     configs: tuple[LlamaConfig, ...],
@@ -128,7 +130,7 @@ def _read(
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities and ids [M, T, top] of the likeliest next tokens, and log-probability and
     rank [M, T] of the token that did come."""
-    logits = [forward(p, c, tokens)[0] for p, c in zip(params, configs)]
+    logits = [x[0] for p, c in zip(params, configs) for x in read(p, c, tokens)[0]]
     if combine is not None:
         logits.append(combine(tuple(logits)))
     logps = jax.nn.log_softmax(jnp.stack(logits))
@@ -138,29 +140,55 @@ def _read(
     return values, ids, own[..., 0], (logps > own).sum(-1)
 
 
-def as_table(steps: Sequence[Step], *, title: str | None = None) -> Any:
-    """A `rich.table.Table`: a row a token, a column a model; the token that came is bold."""
+def as_table(steps: Sequence[Step], *, title: str | None = None, width: int | None = None) -> Any:
+    """A `rich.table.Table`: a row a token, a column a model, shares in percent.
+
+    The token that came is bold; where it is none of a model's likeliest, its place and share end
+    the cell. A token that comes again and again is shown once, with the number of times.
+
+    Args:
+        steps: of `side_by_side`.
+        title: above the table.
+        width: letters in a line; of the likeliest tokens those are shown that fit. None: all.
+    """
     box = require("rich.box", "eval").SIMPLE_HEAD
     text = require("rich.text", "eval").Text
     table = require("rich.table", "eval").Table(title=title, title_justify="left", box=box)
-    table.add_column("token", no_wrap=True)
+    runs = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step.token)]
+    tokens = [run[0].token + (f" ×{len(run)}" if len(run) > 1 else "") for run in runs]
     names = list(steps[0].choices) if steps else []
+    table.add_column("token", no_wrap=True)
     for name in names:
-        table.add_column(name)
-    for step in steps:
-        cells = [text(step.token, style="bold")]
-        for name in names:
-            cell = text()
-            for choice in step.choices[name]:
-                chosen = choice.token == step.token
-                style = "bold green" if chosen else "dim" if choice.probability < 0.1 else ""
-                cell.append(f"{choice.token} {_percent(choice.probability)}  ", style=style)
-            if step.rank[name] >= len(step.choices[name]):
-                share = _percent(step.probability[name])
-                cell.append(f"… {step.token} {share} (no. {step.rank[name] + 1})", style="red")
-            cells.append(cell)
-        table.add_row(*cells)
+        table.add_column(f"{name} %", no_wrap=True)
+    room = math.inf
+    if width is not None and names:
+        # Each column has two letters of padding, the table one at either side.
+        room = (width - max(map(len, tokens)) - 4) // len(names) - 2
+    for token, (step, *_) in zip(tokens, runs):
+        cells = [_cell(step, name, room, text) for name in names]
+        table.add_row(text(token, style="bold"), *cells)
     return table
+
+
+def _cell(step: Step, name: str, room: float, text: Any) -> Any:
+    """What one model thought at one token, in a line of so many letters."""
+    labels = {c.token: f"{c.token} {_percent(c.probability)}" for c in step.choices[name]}
+    place = f"(no. {step.rank[name] + 1}: {_percent(step.probability[name])})"
+    room -= len(labels.get(step.token, place))
+    parts = []
+    for choice in step.choices[name]:
+        label = labels[choice.token]
+        if choice.token == step.token:
+            parts.append((label, "bold green"))
+        elif choice.probability >= 0.0005 and len(label) + 2 <= room:
+            parts.append((label, "dim" if choice.probability < 0.1 else ""))
+            room -= len(label) + 2
+    if step.token not in labels:
+        parts.append((place, "red"))
+    cell = text()
+    for number, (label, style) in enumerate(parts):
+        cell.append("  " if number else "").append(label, style=style)
+    return cell
 
 
 def _percent(probability: float) -> str:

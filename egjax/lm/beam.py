@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from egjax.errors import EgjaxError
-from egjax.lm.cache import Cache, empty
+from egjax.lm.cache import Cache
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import Combine, Generation, Models, Prompts, check_settings, first
-from egjax.lm.model import trunk, unembed
+from egjax.lm.ensemble import Combine, Models, empty_caches, first, read_all, taken
+from egjax.lm.generate import Generation, Prompts, check_settings
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params
 
 __all__ = ["Beams", "beam_search"]
@@ -102,7 +103,7 @@ class _Loop:
     """What the loop carries. Open prefixes and completions have places W of their own.
 
     Attributes:
-        caches: of each model, rows B · W.
+        caches: of each model, rows B · W (2 · B · W of a `Pair`).
         step: int32[]. Tokens of each open prefix.
         open_: their tokens and log-probabilities; `scores` are sums.
         done: completions.
@@ -120,7 +121,7 @@ class _Loop:
 
 @partial(jax.jit, static_argnames=("configs", "combine", "max_new_tokens", "beams", "stopping"))
 def _beam_search(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     prompts: Prompts,
     length_penalty: Array,
     *,
@@ -137,12 +138,7 @@ def _beam_search(
 
     def read(caches, tokens, mask):
         """Log-probabilities [rows, V] after the last of these tokens, and the caches with them."""
-        outs = [
-            trunk(p, c, tokens, segment_ids=mask.astype(jnp.int32), cache=cache)
-            for p, c, cache in zip(params, configs, caches)
-        ]
-        logits = tuple(unembed(p, c, o.final[:, -1]) for p, c, o in zip(params, configs, outs))
-        caches = tuple(out.cache for out in outs if out.cache is not None)
+        logits, caches = read_all(params, configs, tokens, mask, caches)
         return jax.nn.log_softmax(combine(logits)), caches
 
     def advance(loop: _Loop, logps: Array, caches: tuple[Cache, ...]) -> _Loop:
@@ -195,7 +191,7 @@ def _beam_search(
         logps, caches = read(loop.caches, last, mask)
         return advance(loop, logps.reshape(rows, beams, -1), caches)
 
-    caches = tuple(empty(config, rows, length + max_new_tokens) for config in configs)
+    caches = empty_caches(params, configs, rows, length + max_new_tokens)
     logps, caches = read(caches, prompts.tokens, prompts.mask)
     shape = rows, beams, max_new_tokens
     blank = Beams(
@@ -207,7 +203,7 @@ def _beam_search(
     # All beams begin alike, so the first alone counts.
     start = replace(blank, scores=blank.scores.at[:, 0].set(0.0))
     every = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, beams)).reshape(-1)
-    repeated = tuple(_rows_of(cache, every) for cache in caches)
+    repeated = tuple(taken(cache, every, rows) for cache in caches)
     improvable = prompts.mask.any(axis=1)
     loop = _Loop(repeated, jnp.int32(0), start, blank, improvable, jnp.bool_(True))
     logps = jnp.broadcast_to(logps[:, None], (rows, beams, logps.shape[-1]))
@@ -230,13 +226,4 @@ def _reordered(caches: tuple[Cache, ...], parent: Array) -> tuple[Cache, ...]:
     """Caches whose beam w of row b continues its beam `parent[b, w]`."""
     rows, beams = parent.shape
     flat = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
-    return tuple(_rows_of(cache, flat) for cache in caches)
-
-
-def _rows_of(cache: Cache, rows: Array) -> Cache:
-    return replace(
-        cache,
-        keys=cache.keys[:, rows],
-        values=cache.values[:, rows],
-        segment_ids=cache.segment_ids[rows],
-    )
+    return tuple(taken(cache, flat, rows * beams) for cache in caches)

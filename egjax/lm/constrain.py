@@ -16,18 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from egjax.errors import EgjaxError
-from egjax.lm.cache import Cache, empty
+from egjax.lm.cache import Cache
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import (
-    Combine,
-    Generation,
-    Models,
-    Prompts,
-    check_settings,
-    draw,
-    first,
-)
-from egjax.lm.model import trunk, unembed
+from egjax.lm.ensemble import Combine, Models, empty_caches, first, read_all
+from egjax.lm.generate import Generation, Prompts, check_settings, draw
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params
 
 __all__ = ["Grammar", "Sentences", "Vocabulary", "constrained"]
@@ -167,7 +160,7 @@ def constrained(
     rows, length = prompts.tokens.shape
     eos, pad = configs[0].eos_ids, configs[0].pad_id or 0
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
-    caches = tuple(empty(config, rows, length + max_new_tokens) for config in configs)
+    caches = empty_caches(params, configs, rows, length + max_new_tokens)
     tokens = np.full((rows, max_new_tokens), pad, np.int32)
     logps, mask = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
     ended = np.zeros(rows, bool)
@@ -198,7 +191,7 @@ def constrained(
 
 @partial(jax.jit, static_argnames=("configs", "combine"), donate_argnames="caches")
 def _read(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     caches: tuple[Cache, ...],
     tokens: Array,
     mask: Array,
@@ -207,12 +200,8 @@ def _read(
     combine: Combine,
 ) -> tuple[Array, tuple[Cache, ...]]:
     """Combined logits [B, V] after the last of these tokens, and the caches with them."""
-    outs = [
-        trunk(p, c, tokens, segment_ids=mask.astype(jnp.int32), cache=cache)
-        for p, c, cache in zip(params, configs, caches)
-    ]
-    logits = tuple(unembed(p, c, o.final[:, -1]) for p, c, o in zip(params, configs, outs))
-    return combine(logits), tuple(out.cache for out in outs if out.cache is not None)
+    logits, caches = read_all(params, configs, tokens, mask, caches)
+    return combine(logits), caches
 
 
 @jax.jit

@@ -7,7 +7,7 @@ matters. Shapes depend on the bucketed length alone: one compilation serves many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,32 +17,25 @@ import numpy as np
 from flax import struct
 
 from egjax.errors import EgjaxError
-from egjax.lm.cache import Cache, empty
+from egjax.lm.cache import Cache
 from egjax.lm.config import LlamaConfig
+from egjax.lm.ensemble import Combine, Models, check_vocabularies, empty_caches, first, read_all
 from egjax.lm.lora import Pair
-from egjax.lm.model import trunk, unembed
 from egjax.lm.params import Params
 from egjax.lm.stops import Stops, follow
 
 __all__ = [
-    "Combine",
     "Generation",
-    "Models",
     "Prompts",
     "check_settings",
-    "check_vocabularies",
     "completions",
     "draw",
-    "first",
     "generate",
     "pad_prompts",
     "sampling_logits",
 ]
 
 Array = jax.Array
-Models = Sequence[tuple[Params | Pair, LlamaConfig]]
-Combine = Callable[[tuple[Array, ...]], Array]
-"""From one array of logits [..., V] per model to logits [..., V] of what is decoded."""
 
 
 @struct.dataclass
@@ -77,11 +70,6 @@ class Generation:
     ended: Array
 
 
-def first(logits: tuple[Array, ...]) -> Array:
-    """The combination of plain decoding: the logits of the first (and only) model."""
-    return logits[0]
-
-
 def pad_prompts(
     prompts: Sequence[Sequence[int]], *, pad_id: int, bucket: int = 64, rows: int | None = None
 ) -> Prompts:
@@ -109,28 +97,6 @@ def pad_prompts(
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
-
-
-def check_vocabularies(
-    sizes: Mapping[str, int], fingerprints: Mapping[str, str] | None = None
-) -> None:
-    """Makes sure that models to be combined speak one vocabulary.
-
-    Args:
-        sizes: tokens in the vocabulary of each model, by the model's name.
-        fingerprints: fingerprint of each model's tokenizer, by the same names; None where only
-            the sizes are known.
-
-    Raises:
-        EgjaxError: sizes or tokenizers differ.
-    """
-    for what, values in (("vocabulary sizes", sizes), ("tokenizers", fingerprints or {})):
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"{name} has {str(value)[:12]}" for name, value in values.items())
-            raise EgjaxError(
-                f"{what} differ: {listed}",
-                remedy="combine models of one tokenizer; a padded vocabulary is cut on loading",
-            )
 
 
 def check_settings(
@@ -215,7 +181,7 @@ class _Loop:
 
 @partial(jax.jit, static_argnames=("configs", "combine", "max_new_tokens"))
 def _generate(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     prompts: Prompts,
     key: Array,
     temperature: Array,
@@ -234,12 +200,8 @@ def _generate(
 
     def read(caches, tokens, mask):
         """Combined logits [B, V] after the last of these tokens, and the caches with them."""
-        logits, filled = [], []
-        for p, c, cache in zip(params, configs, caches):
-            more, cache = _next_logits(p, c, tokens, mask.astype(jnp.int32), cache)
-            logits += more
-            filled.append(cache)
-        return combine(tuple(logits)), tuple(filled)
+        logits, caches = read_all(params, configs, tokens, mask, caches)
+        return combine(logits), caches
 
     def choose(logits, step, result, matched):
         """Draws token `step` of the rows that go on, and follows the stop strings."""
@@ -276,26 +238,10 @@ def _generate(
         mask=jnp.zeros(shape, bool),
         ended=jnp.zeros(rows, bool),
     )
-    caches = tuple(
-        empty(config, 2 * rows if isinstance(p, Pair) else rows, length + max_new_tokens)
-        for p, config in zip(params, configs)
-    )
+    caches = empty_caches(params, configs, rows, length + max_new_tokens)
     logits, caches = read(caches, prompts.tokens, prompts.mask)
     start = _Loop(caches, jnp.int32(1), *choose(logits, 0, blank, jnp.zeros(rows, jnp.int32)))
     return jax.lax.while_loop(unfinished, advance, start).result
-
-
-def _next_logits(
-    params: Params | Pair, config: LlamaConfig, tokens: Array, segment_ids: Array, cache: Cache
-) -> tuple[list[Array], Any]:
-    """Logits [B, V] after the last token, two of a `Pair`; and the cache with these tokens."""
-    pair = isinstance(params, Pair)
-    if pair:
-        params = params.doubled(tokens.shape[0])
-        tokens, segment_ids = (jnp.concatenate([x, x]) for x in (tokens, segment_ids))
-    out = trunk(params, config, tokens, segment_ids=segment_ids, cache=cache)
-    logits = unembed(params, config, out.final[:, -1])
-    return (jnp.split(logits, 2) if pair else [logits]), out.cache
 
 
 def draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:

@@ -165,9 +165,10 @@ def _by_row(attached: Params, rows: jax.Array) -> Params:
 
 @struct.dataclass
 class Pair:
-    """πᴱ and πᴺ of one set of weights, as one of the models of `egjax.lm.generate.generate`.
+    """πᴱ and πᴺ of one set of weights, as one of the models of anything that decodes or scores.
 
-    A token costs one pass over the doubled rows, with one cache for both.
+    It counts as two, πᴱ before πᴺ; a token costs one pass over the doubled rows, with one cache for
+    both. See `egjax.lm.ensemble`.
 
     Attributes:
         attached: parameters of πᴺ with the adapter, see `attach`.

@@ -6,7 +6,7 @@ from functools import cache
 
 import jax
 
-from egjax.lm.generate import Combine
+from egjax.lm.ensemble import Combine
 from egjax.losses import behaviour_ratio
 
 __all__ = ["ratio_combine"]

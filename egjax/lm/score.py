@@ -12,8 +12,8 @@ from flax import struct
 
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import Combine, Models, check_vocabularies, first
-from egjax.lm.model import forward
+from egjax.lm.ensemble import Combine, Models, check_vocabularies, first, read
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params
 
 __all__ = ["Scored", "pad_answers", "score", "score_ensemble"]
@@ -98,14 +98,14 @@ def score_ensemble(
 
 @partial(jax.jit, static_argnames=("configs", "combine"))
 def _score(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     tokens: Array,
     mask: Array,
     configs: tuple[LlamaConfig, ...],
     combine: Combine,
 ) -> tuple[Array, Array]:
-    logits = tuple(forward(p, c, tokens[:, :-1]) for p, c in zip(params, configs))
-    logps = jax.nn.log_softmax(combine(logits))
+    logits = [x for p, c in zip(params, configs) for x in read(p, c, tokens[:, :-1])[0]]
+    logps = jax.nn.log_softmax(combine(tuple(logits)))
     taken = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
     counted = mask[:, 1:]
     return jnp.where(counted, taken, 0.0).sum(axis=1), counted.sum(axis=1)

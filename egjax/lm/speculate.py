@@ -4,6 +4,8 @@ Decoding reads all weights for every token. Here the draft model proposes K toke
 other, the other models read the K + 1 tokens at once, and as many tokens as agree are kept, with
 one more that the verification gives for free. For the behaviour ratio π̄ the draft is the small
 expert πᴱ: π̄ needs its logits at every token anyway, so drafts cost nothing but their verification.
+For the same reason a plain step shows for free whether a draft would have been kept, and drafting
+begins when plain steps have shown that it pays.
 
 Rows keep different numbers of tokens, so each row of the caches counts its own slots; what was
 rejected lies behind the count and is overwritten.
@@ -24,19 +26,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from egjax.errors import EgjaxError
-from egjax.lm.cache import Cache, empty
+from egjax.lm.cache import Cache
 from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import (
-    Combine,
-    Generation,
-    Models,
-    Prompts,
-    check_settings,
-    draw,
-    first,
-    sampling_logits,
-)
-from egjax.lm.model import trunk, unembed
+from egjax.lm.ensemble import Combine, Models, empty_caches, first, read, rewound, voices
+from egjax.lm.generate import Generation, Prompts, check_settings, draw, sampling_logits
+from egjax.lm.lora import Pair
 from egjax.lm.params import Params, count
 from egjax.lm.stops import Stops, follow
 
@@ -49,12 +43,12 @@ _DRAFT, _ACCEPT, _RESAMPLE = range(1, 4)  # streams of a token's key; the key it
 
 # Arithmetic of one more token in a reading of the weights, in units of that reading: measured on
 # two CPU cores in float32; accelerators have hundreds of operations for every byte they read.
-_ARITHMETIC = {"cpu": 0.12}
+_ARITHMETIC = {"cpu": 0.03}
 _ACCELERATOR = 0.006
 
-# The account of a row, in plain steps: what it starts with, what it may save up, and what a plain
-# token brings in. A row that starts with 1.5 may fail twice before it takes plain steps.
-_START, _MOST, _INCOME = 1.5, 6.0, 0.01
+# The account of a row, in plain steps: the bounds it is kept in, and where rounds begin. One kept
+# draft at the first token is enough; out of the depth six or seven in a row are needed.
+_LEAST, _MOST, _ENOUGH = -6.0, 6.0, 1.0
 
 
 class Speculation(NamedTuple):
@@ -81,6 +75,7 @@ def round_cost(
     draft: int,
     drafts: int,
     rows: int = 1,
+    voices: Sequence[int] | None = None,
     arithmetic: float | None = None,
 ) -> float:
     """Time of a round in units of a plain step, by formula.
@@ -93,13 +88,18 @@ def round_cost(
         draft: which of them drafts.
         drafts: tokens K it proposes in a round.
         rows: rows B of the batch.
-        arithmetic: r; None takes 0.12 on a CPU and 0.006 elsewhere.
+        voices: rows that each model reads for one of them, see `egjax.lm.ensemble.voices`; None
+            for one.
+        arithmetic: r; None takes 0.03 on a CPU and 0.006 elsewhere.
     """
     r = _ARITHMETIC.get(jax.default_backend(), _ACCELERATOR) if arithmetic is None else arithmetic
-    sizes = [count(config) for config in configs]
-    one, wide = 1 + r * (rows - 1), 1 + r * (rows * (drafts + 1) - 1)
-    others = sum(sizes) - sizes[draft]
-    return (wide * others + (drafts + 1) * one * sizes[draft]) / (one * sum(sizes))
+    steps, round_ = 0.0, 0.0
+    for model, (config, number) in enumerate(zip(configs, voices or [1] * len(configs))):
+        size, tokens = count(config), rows * number
+        one, wide = 1 + r * (tokens - 1), 1 + r * (tokens * (drafts + 1) - 1)
+        steps += size * one
+        round_ += size * ((drafts + 1) * one if model == draft else wide)
+    return round_ / steps
 
 
 def speculate(
@@ -121,7 +121,8 @@ def speculate(
 
     Args:
         models, prompts, key, max_new_tokens, combine, temperature, top_p, stops: as for `generate`.
-        draft: index of the model that drafts. One that `combine` does not look at serves as well.
+        draft: index of the model that drafts. One that `combine` does not look at serves as well;
+            of a `Pair` πᴱ drafts, and what πᴺ says of its drafts comes along.
         drafts: tokens K that it proposes in a round.
         rule: how drafts are judged; temperature 0 takes the most likely tokens under either.
             `"coupled"`: draft and target are drawn with the same random numbers, and a draft is
@@ -131,10 +132,12 @@ def speculate(
             drawn from max(p - q, 0), normalised: the most drafts that can be kept (Leviathan et
             al. 2023), exact in distribution; where rounds fall (see `cost`) a row's draws depend
             on the other rows, their distribution never does.
-        cost: time of a round in plain steps; None for `round_cost`. Each row keeps an account of
-            the steps that rounds saved it, from 1.5 to at most 6; while one that goes on is
-            overdrawn, all take plain steps, of which each brings in 0.01. So useless drafts cost a
-            row 1.5 steps, one round and 1 % at most. 0 drafts always.
+        cost: time of a round in plain steps; None for `round_cost`. Each row keeps an account,
+            within ±6, of what rounds saved it and what they would have saved it in plain steps: a
+            token that the draft model draws, too, brings in 1, another one 1 - cost. Rounds are
+            taken while every row that goes on has 1, counting the tokens that it is ahead of the
+            last one. So drafts that never agree cost nothing but a comparison. 0 drafts always,
+            `drafts + 1` or more never.
 
     Raises:
         EgjaxError: as `generate`; also where `draft` or `drafts` is out of range.
@@ -150,7 +153,8 @@ def speculate(
     configs = tuple(config for _, config in models)
     if cost is None:
         rows = prompts.tokens.shape[0]
-        cost = round_cost(configs, draft=draft, drafts=drafts, rows=rows)
+        copies = [voices(params) for params, _ in models]
+        cost = round_cost(configs, draft=draft, drafts=drafts, rows=rows, voices=copies)
     return _speculate(
         tuple(params for params, _ in models),
         prompts,
@@ -199,7 +203,7 @@ class _Loop:
 class _Decoder:
     """What one call of `speculate` decodes from, and the parts of its loop."""
 
-    params: tuple[Params, ...]
+    params: tuple[Params | Pair, ...]
     configs: tuple[LlamaConfig, ...]
     combine: Combine
     rows: int
@@ -217,13 +221,16 @@ class _Decoder:
     rule: Rule
 
     def read(self, model: int, cache: Cache, tokens: Array, mask: Array, *, last: bool = False):
-        """One model's logits [B, T, V] (of the last token [B, 1, V]), and its cache."""
-        config = self.configs[model]
-        segments = mask.astype(jnp.int32)
-        out = trunk(self.params[model], config, tokens, segment_ids=segments, cache=cache)
-        assert out.cache is not None
-        final = out.final[:, -1:] if last else out.final
-        return unembed(self.params[model], config, final), out.cache
+        """One model's logits, see `egjax.lm.ensemble.read`, and its cache."""
+        found, filled = read(
+            self.params[model], self.configs[model], tokens, mask, cache, last=last
+        )
+        assert filled is not None
+        return found, filled
+
+    def combined(self, found: Sequence[tuple[tuple[Array, ...], Cache]]) -> Array:
+        """The target's logits from those of the models."""
+        return self.combine(tuple(logits for several, _ in found for logits in several))
 
     def choose(self, logits: Array, made: Array) -> Array:
         """What `generate` draws from logits [B, T, V] as tokens made, made + 1, ...: [B, T]."""
@@ -268,40 +275,43 @@ class _Decoder:
     def rewind(self, caches: Sequence[Cache], loop: _Loop) -> tuple[Cache, ...]:
         """Caches that hold all tokens of a row but its last."""
         used = self.length + loop.made - 1
-        return tuple(replace(cache, used=used) for cache in caches)
+        return tuple(rewound(cache, used) for cache in caches)
 
     def step(self, loop: _Loop) -> _Loop:
-        """One token for every row, as `generate` has it."""
+        """One token for every row, as `generate` has it; what a draft of it would have been."""
         tokens, mask = self.pending(loop), self.going(loop)[:, None]
         found = [self.read(m, cache, tokens, mask) for m, cache in enumerate(loop.caches)]
-        logits = self.combine(tuple(logits for logits, _ in found))
-        loop, _ = self.keep(
-            loop, self.choose(logits, loop.made), logits, jnp.ones(self.rows, jnp.int32)
-        )
-        return replace(
-            loop,
-            caches=self.rewind([cache for _, cache in found], loop),
-            balance=jnp.minimum(loop.balance + _INCOME, _MOST),
-            steps=loop.steps + 1,
-        )
+        loop = self.advanced(loop, found)
+        # One token was read and one is new, so no cache is ahead of its row.
+        return replace(loop, caches=tuple(cache for _, cache in found), steps=loop.steps + 1)
 
-    def propose(self, loop: _Loop) -> tuple[Array, Array, Cache]:
+    def advanced(self, loop: _Loop, found: Sequence[tuple[tuple[Array, ...], Cache]]) -> _Loop:
+        """One token more, and the account with what a draft of it would have brought."""
+        logits = self.combined(found)
+        token = self.choose(logits, loop.made)
+        guess = self.choose(found[self.draft][0][0], loop.made)
+        gain = jnp.where((token == guess)[:, 0], 1.0, 1.0 - self.cost)
+        loop, _ = self.keep(loop, token, logits, jnp.ones(self.rows, jnp.int32))
+        return replace(loop, balance=_bounded(loop.balance + gain))
+
+    def propose(self, loop: _Loop) -> tuple[Array, tuple[Array, ...], Cache]:
         """Drafts [B, K], the draft model's logits [B, K + 1, V] at them, and its cache."""
         mask = self.going(loop)[:, None]
 
         def one(carry, number):
             token, cache = carry
-            logits, cache = self.read(self.draft, cache, token[:, None], mask)
+            found, cache = self.read(self.draft, cache, token[:, None], mask)
+            logits = tuple(x[:, 0] for x in found)
             steps = loop.made + number
             step_keys = jax.vmap(jax.random.fold_in)(self.keys, steps)
             if self.rule == "rejection":
                 step_keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, _DRAFT)
-            token = draw(logits[:, 0], step_keys, self.temperature, self.top_p)
-            return (token, cache), (token, logits[:, 0])
+            token = draw(logits[0], step_keys, self.temperature, self.top_p)
+            return (token, cache), (token, logits)
 
         start = self.pending(loop)[:, 0], loop.caches[self.draft]
         (_, cache), (tokens, logits) = jax.lax.scan(one, start, jnp.arange(self.drafts + 1))
-        return tokens[:-1].T, logits.swapaxes(0, 1), cache
+        return tokens[:-1].T, tuple(x.swapaxes(0, 1) for x in logits), cache
 
     def judge(self, proposed: Array, q: Array, logits: Array, made: Array) -> tuple[Array, Array]:
         """Tokens [B, K + 1], of which the first accepted + 1 count, and how many drafts those are.
@@ -344,35 +354,47 @@ class _Decoder:
 
     def round_(self, loop: _Loop) -> _Loop:
         """Up to K + 1 tokens for every row."""
-        proposed, q, cache = self.propose(loop)
+        proposed, drafted, cache = self.propose(loop)
         tokens = jnp.concatenate([self.pending(loop), proposed], axis=1)
         mask = jnp.broadcast_to(self.going(loop)[:, None], tokens.shape)
         found = [
-            (q, cache) if m == self.draft else self.read(m, loop.caches[m], tokens, mask)
+            (drafted, cache) if m == self.draft else self.read(m, loop.caches[m], tokens, mask)
             for m in range(len(self.configs))
         ]
-        logits = self.combine(tuple(logits for logits, _ in found))
-        tokens, accepted = self.judge(proposed, q, logits, loop.made)
+        logits = self.combined(found)
+        tokens, accepted = self.judge(proposed, drafted[0], logits, loop.made)
         before = self.going(loop)
         loop, new = self.keep(loop, tokens, logits, accepted + 1)
         return replace(
             loop,
             caches=self.rewind([cache for _, cache in found], loop),
-            balance=jnp.minimum(loop.balance + new - self.cost, _MOST),
+            balance=_bounded(loop.balance + new - self.cost),
             rounds=loop.rounds + 1,
             drafted=loop.drafted + jnp.where(before, self.drafts, 0),
             accepted=loop.accepted + jnp.minimum(accepted, new),
         )
 
     def solvent(self, loop: _Loop) -> Array:
-        return (~self.going(loop) | (loop.balance >= 0)).all()
+        """Whether a round is likely to pay. The batch is as late as its last row."""
+        going = self.going(loop)
+        ahead = loop.made - jnp.where(going, loop.made, self.max_new_tokens).min()
+        enough = (~going | (loop.balance + ahead >= _ENOUGH)).all()
+        return enough & (self.cost < self.drafts + 1)
 
     def advance(self, loop: _Loop) -> _Loop:
         # Two loops, not a conditional: a branch would copy the caches.
         loop = jax.lax.while_loop(
             lambda x: self.going(x).any() & self.solvent(x), self.round_, loop
         )
+        return self.plainly(loop)
+
+    def plainly(self, loop: _Loop) -> _Loop:
+        """Plain steps until a round pays."""
         return jax.lax.while_loop(lambda x: self.going(x).any() & ~self.solvent(x), self.step, loop)
+
+
+def _bounded(balance: Array) -> Array:
+    return jnp.clip(balance, _LEAST, _MOST)
 
 
 @partial(
@@ -380,7 +402,7 @@ class _Decoder:
     static_argnames=("configs", "combine", "max_new_tokens", "draft", "drafts", "rule"),
 )
 def _speculate(
-    params: tuple[Params, ...],
+    params: tuple[Params | Pair, ...],
     prompts: Prompts,
     key: Array,
     temperature: Array,
@@ -418,12 +440,11 @@ def _speculate(
         rule=rule,
     )
     zero, zeros = jnp.int32(0), jnp.zeros(rows, jnp.int32)
-    caches = [empty(config, rows, length + max_new_tokens + drafts) for config in configs]
+    caches = empty_caches(params, configs, rows, length + max_new_tokens + drafts)
     found = [
         decoder.read(m, cache, prompts.tokens, prompts.mask, last=True)
         for m, cache in enumerate(caches)
     ]
-    logits = combine(tuple(logits for logits, _ in found))
     loop = _Loop(
         caches=tuple(cache for _, cache in found),
         made=zeros,
@@ -431,13 +452,14 @@ def _speculate(
         logps=jnp.zeros(shape, jnp.float32),
         ended=jnp.zeros(rows, bool),
         matched=zeros,
-        balance=jnp.full(rows, _START),
+        balance=jnp.zeros(rows),
         rounds=zero,
         steps=zero,
         drafted=zeros,
         accepted=zeros,
     )
-    loop, _ = decoder.keep(loop, decoder.choose(logits, zeros), logits, zeros + 1)
+    # Until the first round all rows have used as many slots, which are written at once.
+    loop = decoder.plainly(decoder.advanced(loop, found))
     loop = replace(loop, caches=decoder.rewind(loop.caches, loop))
     loop = jax.lax.while_loop(lambda x: decoder.going(x).any(), decoder.advance, loop)
     result = Generation(

@@ -61,12 +61,26 @@ def steps():
 def test_the_table_tells_tokens_shares_and_ranks(steps):
     import rich.console
 
-    console = rich.console.Console(width=200, record=True, file=io.StringIO())
-    console.print(as_table(steps))
-    text = console.export_text()
+    def printed(steps, width):
+        console = rich.console.Console(width=width, record=True, file=io.StringIO())
+        console.print(as_table(steps, width=width))
+        return console.export_text()
+
+    text = printed(steps, 200)
     assert "·cup 90" in text
     assert "<b>$x$ 10" in text
-    assert "… ·far 1.0 (no. 8)" in text
+    assert "(no. 8: 1.0)" in text
+    assert "·far" in text
+    # A narrow one keeps a line for each token, and of it what came.
+    narrow = printed(steps, 84).splitlines()
+    (cup,) = (line for line in narrow if line.startswith("  ·cup"))
+    (far,) = (line for line in narrow if line.startswith("  ·far"))
+    assert "·cup 20" in cup
+    assert "<b>$x$ 80" not in cup
+    assert far.count("(no. 8: 1.0)") == 4
+    assert "<b>$x$ 95" not in far
+    assert len(narrow) == len(printed(steps + steps[1:] * 9, 84).splitlines())
+    assert "·far ×10" in printed(steps + steps[1:] * 9, 84)
 
 
 def test_the_page_is_escaped_and_whole(steps):

@@ -20,8 +20,11 @@ def test_models_agree_and_contradict_as_said(capsys):
     assert kept[0] > 0.9
     assert 0.1 < kept[1] < 0.9
     assert kept[2] == 0
+    assert rows["decode_round_cost/agree"]["value"] > 0
     for name in ("agree", "half", "never"):
         assert rows[f"decode_speed/{name}"]["peer"] == "plain loop"
+        ratio = rows[f"decode_ratio/{name}"]
+        assert ratio["low"] <= ratio["value"] <= ratio["high"]
         # 2 layers: 4 · 32² attention (half of the keys and values) + 3 · 32 · 64 and two norms.
         layer = 3 * 32 * 32 + 3 * 32 * 64 + 2 * 32
         weights = 3 * (2 * layer + 2 * 256 * 32 + 32) * 4

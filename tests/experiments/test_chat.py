@@ -100,6 +100,19 @@ def test_a_conversation_goes_on_after_a_mistake_and_ends(folders, capsys, monkey
     assert printed.err.count("error: ") == 1
 
 
+def test_a_task_of_the_run_that_was_held_out_is_drawn(folders, capsys, monkeypatch, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    rows = [{"name": "a", "split": "train"}, {"name": "b", "split": "unseen"}]
+    (tmp_path / "tasks" / "tasks.json").write_text(json.dumps({"tasks": rows}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("task\n"))
+    asked = []
+    monkeypatch.setattr(chat, "_task", lambda config, name: asked.append(name))
+    monkeypatch.setattr(chat, "_turn", lambda config, party, text, task: text)
+    monkeypatch.setattr(chat, "_show", lambda turn, config: asked.append(turn))
+    chat.main(config(folders, run=tmp_path))
+    assert asked == ["b", ""]
+
+
 def test_people_see_a_table(folders, capsys):
     chat.main(config(folders, prompt="Q:", json=False, max_new_tokens=3))
     said = capsys.readouterr().out

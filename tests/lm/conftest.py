@@ -30,6 +30,23 @@ def config():
 
 
 @pytest.fixture(scope="session")
+def four_words():
+    """A model of four tokens, the last of which ends: all completions can be counted."""
+    return LlamaConfig(
+        vocab_size=4,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_seq_len=16,
+        eos_ids=(3,),
+        pad_id=0,
+    )
+
+
+@pytest.fixture(scope="session")
 def make_params():
     """Random parameters by numpy: nothing to compile, and biases and norms that show."""
 

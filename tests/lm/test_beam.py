@@ -13,25 +13,12 @@ import pytest
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.beam import beam_search
-from egjax.lm.config import LlamaConfig
 from egjax.lm.generate import generate, pad_prompts
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORD = json.loads((GOLDEN / "beam_search.json").read_text())
-TINY = LlamaConfig(
-    vocab_size=4,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_seq_len=16,
-    eos_ids=(3,),
-    pad_id=0,
-)
 
 
 def completion(tokens):
@@ -74,8 +61,8 @@ def test_the_record_has_early_and_late_ends():
     assert max(lengths) == RECORD["max_new_tokens"]
 
 
-def test_as_many_beams_as_prefixes_find_the_best_completion_of_all(make_params):
-    models = [(make_params(TINY, seed, scale=0.8), TINY) for seed in (1, 2, 3)]
+def test_as_many_beams_as_prefixes_find_the_best_completion_of_all(four_words, make_params):
+    models = [(make_params(four_words, seed, scale=0.8), four_words) for seed in (1, 2, 3)]
     combine, prompt = ratio_combine(alpha=0.5), [1, 2]
     rows = list(itertools.product(range(4), repeat=3))
     read = jax.jit(forward, static_argnames="config")

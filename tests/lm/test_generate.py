@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.lm.generate import (
-    _generate,
-    check_vocabularies,
-    completions,
-    first,
-    generate,
-    pad_prompts,
-)
+from egjax.lm.ensemble import check_vocabularies, first
+from egjax.lm.generate import _generate, completions, generate, pad_prompts
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 from egjax.losses import behaviour_ratio

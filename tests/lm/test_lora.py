@@ -13,11 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
 from egjax.lm import hf, lora, peft
-from egjax.lm.generate import generate, pad_prompts
 from egjax.lm.lora import LoraConfig
 from egjax.lm.model import forward as eager_forward
 from egjax.lm.params import shardings as base_shardings
-from egjax.lm.ratio import ratio_combine
 from egjax.mesh import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -127,29 +125,6 @@ def test_expert_and_anti_expert_come_out_of_one_pass(config, params, tokens):
     assert np.abs(expert - anti_expert).max() > 0.1
     positions = jnp.arange(tokens.shape[1])[None]
     close(both(params, adapter, positions, None)[1], forward(params, config, tokens))
-
-
-def test_decoding_from_the_ratio_reads_expert_and_anti_expert_at_once(config, make_params):
-    settings = LoraConfig(rank=2)
-    large, base = make_params(config, seed=1), make_params(config)
-    attached = lora.attach(base, random_adapter(config, settings), settings)
-    prompts = pad_prompts([[3, 4, 5, 6], [7, 8]], pad_id=0, bucket=4)
-    three = [(large, config), (attached, config), (base, config)]
-    two = [(large, config), (lora.Pair(attached), config)]
-    found, expected = (
-        generate(
-            models,
-            prompts,
-            jax.random.key(0),
-            max_new_tokens=8,
-            combine=ratio_combine(alpha=0.7),
-            temperature=0.0,
-        )
-        for models in (two, three)
-    )
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    close(found.logps, expected.logps, 1e-4)
-    assert len(set(np.asarray(found.tokens).ravel().tolist())) > 3
 
 
 def test_gradients_reach_the_adapter_as_through_merged_weights(config, params, tokens):

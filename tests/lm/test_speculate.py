@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.lm.config import LlamaConfig
-from egjax.lm.generate import first, generate, pad_prompts
+from egjax.lm.ensemble import first
+from egjax.lm.generate import generate, pad_prompts
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import _speculate, round_cost, speculate
@@ -21,18 +21,6 @@ KEY = jax.random.key(3)
 read = jax.jit(forward, static_argnames="config")
 PROMPTS = [[3, 9, 4], [8], [5, 6, 7, 8, 9, 10, 11]]
 RATIO = ratio_combine(alpha=0.5)
-TINY = LlamaConfig(
-    vocab_size=4,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_seq_len=16,
-    eos_ids=(3,),
-    pad_id=0,
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +49,7 @@ def test_tokens_are_those_of_plain_decoding(three):
         options = OPTIONS | {"temperature": temperature, "top_p": 0.9}
         plain = generate(three, prompts, KEY, **options)
         assert not plain.ended.all()
-        for cost in (0.0, 2.0):
+        for cost in (0.0, 1.2):
             out = speculate(three, prompts, KEY, draft=1, drafts=3, cost=cost, **options)
             same(out.generation, plain)
             assert int(out.accepted[:3].sum()) > 0
@@ -101,8 +89,8 @@ def test_rows_do_not_depend_on_other_rows(three, rule):
 
 
 @pytest.fixture(scope="module")
-def tiny(make_params):
-    return [(make_params(TINY, seed, scale=0.25), TINY) for seed in (1, 2, 3)]
+def tiny(four_words, make_params):
+    return [(make_params(four_words, seed, scale=0.25), four_words) for seed in (1, 2, 3)]
 
 
 TEMPERATURE = 1.5
@@ -123,7 +111,7 @@ def expected(tiny):
 
 
 @pytest.mark.parametrize(
-    ("rule", "cost"), [("coupled", 0.0), ("rejection", 0.0), ("rejection", 1.8)]
+    ("rule", "cost"), [("coupled", 0.0), ("rejection", 0.0), ("rejection", 0.5)]
 )
 def test_completions_follow_the_distribution_of_the_target(tiny, expected, rule, cost):
     """Chi-square over all completions; its quantile by Wilson and Hilferty."""
@@ -173,21 +161,83 @@ def test_equal_models_keep_every_draft(three):
     assert np.array_equal(out.accepted, out.drafted)
 
 
-def test_useless_drafts_cost_two_rounds_and_one_percent(three, make_params):
+def account(hits, ends, *, cost, drafts, limit):
+    """Rounds, plain steps, drafts verified and kept, from whether each token of each row would have
+    been drafted and where its row ends: the rules of the account in plain numbers."""
+    rows = range(len(hits))
+    made, balance = [1 for _ in rows], [0.0 for _ in rows]
+    rounds = steps = 0
+    drafted, kept = [0 for _ in rows], [0 for _ in rows]
+
+    def book(row, gain):
+        balance[row] = min(max(balance[row] + gain, -6.0), 6.0)
+
+    for row in rows:
+        book(row, 1.0 if hits[row][0] else 1.0 - cost)
+    while going := [row for row in rows if made[row] < min(ends[row], limit)]:
+        slowest = min(made[row] for row in going)
+        if all(balance[row] + made[row] - slowest >= 1 for row in going):
+            rounds += 1
+            for row in going:
+                agree = 0
+                while agree < drafts and hits[row][made[row] + agree]:
+                    agree += 1
+                new = min(agree + 1, min(ends[row], limit) - made[row])
+                drafted[row] += drafts
+                kept[row] += min(agree, new)
+                made[row] += new
+                book(row, new - cost)
+        else:
+            steps += 1
+            for row in going:
+                book(row, 1.0 if hits[row][made[row]] else 1.0 - cost)
+                made[row] += 1
+    return rounds, steps, drafted, kept
+
+
+@pytest.mark.parametrize("cost", [0.0, 1.2, 1.7])
+def test_rounds_are_taken_where_the_account_says(three, cost):
+    limit, drafts = OPTIONS["max_new_tokens"], 3
+    options = OPTIONS | {"temperature": 0.0}
+    prompts = pad_prompts(PROMPTS, pad_id=0, bucket=8, rows=4)
+    plain = generate(three, prompts, KEY, **options)
+    hits, ends = [], []
+    for row, prompt in enumerate(PROMPTS):
+        tokens = np.asarray(plain.tokens[row])
+        logits = read(*three[1], jnp.array([[*prompt, *tokens.tolist()]]))[0]
+        guesses = np.asarray(logits.argmax(-1))[len(prompt) - 1 : -1]
+        hits.append([*(guesses == tokens).tolist(), *[False] * drafts])
+        ends.append(int(plain.mask[row].sum()))
+    out = speculate(three, prompts, KEY, draft=1, drafts=drafts, cost=cost, **options)
+    same(out.generation, plain)
+    rounds, steps, drafted, kept = account(hits, ends, cost=cost, drafts=drafts, limit=limit)
+    assert (int(out.rounds), int(out.steps)) == (rounds, steps)
+    assert (out.drafted.tolist(), out.accepted.tolist()) == ([*drafted, 0], [*kept, 0])
+    assert rounds > 0
+    assert (steps > 0) == (cost > 0)
+
+
+def stubborn(like):
+    """A model whose greedy token is always 39."""
+    return jax.tree.map(jnp.zeros_like, like) | {
+        "final_norm": jnp.ones(24),
+        "embedding": jnp.ones((40, 24)),
+        "unembedding": jnp.zeros((24, 40)).at[:, 39].set(1.0),
+    }
+
+
+def test_drafts_that_never_agree_are_never_made(three):
     large, config = three[0]
     config = dataclasses.replace(config, eos_ids=(), max_seq_len=400)
-    # Its greedy token is always 39, which the large model takes for unlikely.
-    stubborn = jax.tree.map(jnp.zeros_like, large)
-    stubborn |= {"final_norm": jnp.ones(24), "embedding": jnp.ones((40, 24))}
-    stubborn |= {"unembedding": jnp.zeros((24, 40)).at[:, 39].set(1.0)}
+    models = [(large, config), (stubborn(large), config)]
     options = {"max_new_tokens": 201, "temperature": 0.0, "combine": first}
     prompts = pad_prompts(PROMPTS[:1], pad_id=0, bucket=8)
-    out = speculate(
-        [(large, config), (stubborn, config)], prompts, KEY, draft=1, drafts=3, cost=2.0, **options
-    )
-    assert int(out.accepted[0]) == 0
-    assert int(out.rounds + out.steps) == 200
-    assert 2 <= int(out.rounds) <= 2 + 200 * 0.01
+    out = speculate(models, prompts, KEY, draft=1, drafts=3, cost=2.0, **options)
+    assert (int(out.rounds), int(out.steps)) == (0, 200)
+    # Nor where they always agree and a round cannot pay.
+    equal = [(large, config)] * 2
+    out = speculate(equal, prompts, KEY, draft=1, drafts=3, cost=4.0, **options)
+    assert (int(out.rounds), int(out.steps)) == (0, 200)
 
 
 def test_one_compilation_serves_prompts_of_a_bucket_any_temperature_and_cost(three):
@@ -199,11 +249,15 @@ def test_one_compilation_serves_prompts_of_a_bucket_any_temperature_and_cost(thr
     assert _speculate._cache_size() == 1
 
 
-def test_cost_of_a_round_by_hand():
-    big = dataclasses.replace(TINY, vocab_size=400)
+def test_cost_of_a_round_by_hand(four_words):
+    big = dataclasses.replace(four_words, vocab_size=400)
     sizes = [400 * 8 + 16 + 8 + 4 * 64 + 3 * 64, 4 * 8 + 16 + 8 + 4 * 64 + 3 * 64]
     expected = (1.4 * sizes[0] + 5 * sizes[1]) / sum(sizes)
-    assert round_cost((big, TINY), draft=1, drafts=4, arithmetic=0.1) == pytest.approx(expected)
+    options = {"draft": 1, "drafts": 4, "arithmetic": 0.1}
+    assert round_cost((big, four_words), **options) == pytest.approx(expected)
+    # A pair reads two rows for one: 1.1 for a token, and five of them one after the other.
+    expected = (1.4 * sizes[0] + 5 * 1.1 * sizes[1]) / (sizes[0] + 1.1 * sizes[1])
+    assert round_cost((big, four_words), voices=(1, 2), **options) == pytest.approx(expected)
 
 
 def test_bad_settings_are_refused(three):
