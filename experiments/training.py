@@ -68,7 +68,8 @@ class Training:
     learning_rate: float
     """Peak of the learning rate."""
     save_every: int = 100
-    """Steps between checkpoints."""
+    """At most this many steps are lost, however the process ends; half as many lie between two
+    checkpoints."""
     layout: Layout = field(default_factory=Layout)
     """What a step trades between memory, arithmetic and communication. Weights are trained in
     float32 where it names no other type."""
@@ -76,6 +77,12 @@ class Training:
     """How the learning rate goes on after its warm-up; wsd: warm-up, stable, decay."""
 
     def __post_init__(self):
+        for name in ("steps", "batch", "length", "save_every"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise EgjaxError(
+                    f"{getattr(self, name)} is less than 1", where=f"--training.{option}"
+                )
         parts = self.layout.accumulate
         if parts < 1 or self.batch % parts:
             raise EgjaxError(
