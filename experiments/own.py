@@ -30,7 +30,7 @@ from experiments.models import Model
 from experiments.models import load as load_run_model
 from experiments.training import MODEL, Training
 
-__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage"]
+__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage", "unused"]
 
 T = TypeVar("T")
 _CONFIG = "config.json"
@@ -156,6 +156,23 @@ def given(**options: Path | None) -> dict[str, Path]:
         if value is None:
             raise EgjaxError(f"--{name.replace('_', '-')} is needed with --data")
     return {name: value for name, value in options.items() if value is not None}
+
+
+def unused(config: Any, *names: str, when: str) -> None:
+    """Refuses options that would have no effect.
+
+    Args:
+        config: an instance of a script's `Config`.
+        names: its fields that must be as they are by default.
+        when: completes the sentence, e.g. "without --data".
+
+    Raises:
+        EgjaxError: one is not.
+    """
+    plain = type(config)()
+    for name in names:
+        if getattr(config, name) != getattr(plain, name):
+            raise EgjaxError(f"--{name.replace('_', '-')} has no effect {when}")
 
 
 def check_alike(starts: Mapping[str, Start], *, chat: bool) -> None:
