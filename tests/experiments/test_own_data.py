@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import codes, launch
 from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
@@ -326,6 +327,29 @@ def call(module, *arguments):
         env=os.environ,
         check=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_processes_train_what_one_does(home, tmp_path, rank):
+    """On one file system, as a job of several hosts; the model and the adapter are written once."""
+    settings = [f"--training.{k}={v}" for k, v in (("steps", 3), ("batch", 2), ("length", 48))]
+    arguments = ["--data", home / "sft.jsonl", "--model", home / "large", *settings]
+    arguments += ["--training.learning-rate", "1e-2", "--lora-rank", rank]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    done = call("sft", *arguments, "--run", alone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["-m", "experiments.sft", *map(str, arguments), "--run", str(both)]
+    logs = tmp_path / "logs"
+    ended = codes(launch(command, 2, logs=logs), 200)
+    assert ended == [0, 0], "".join(path.read_text() for path in logs.glob("*.err"))[-3000:]
+    places = [folder / "seed0" / "own_sft" for folder in (alone, both)]
+    one, two = [hf.load(place / "model")[1] for place in places]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, two)
+    if rank:
+        config = hf.load(home / "large")[0]
+        adapters = [peft.load(place / "adapter", config)[1] for place in places]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *adapters)
 
 
 def test_a_bad_line_is_exit_code_2(home, tmp_path):
