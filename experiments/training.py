@@ -86,7 +86,7 @@ class Training:
                     f"{getattr(self, name)} is less than 1", where=f"--training.{option}"
                 )
         parts = self.layout.accumulate
-        if parts < 1 or self.batch % parts:
+        if self.batch % parts:
             raise EgjaxError(
                 f"{parts} micro-batches do not divide {self.batch} rows",
                 where="--training.layout.accumulate",
