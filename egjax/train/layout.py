@@ -26,7 +26,7 @@ from egjax.train.step import LossFn, TrainState, init_state, make_train_step, st
 __all__ = ["Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
 
 
-_MASTERS = (None, "float32", "bfloat16", "float64")
+_MASTERS = (None, "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
