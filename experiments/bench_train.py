@@ -10,6 +10,9 @@ on the same shapes (`dpo_step/tunix`): ratio = ours ÷ theirs; `dpo_step_cpu` ar
 processor, which other jobs disturb less than the clock's. `sft_step` and `distill_step` (three
 frozen models of the same size) read packed rows.
 
+On two hyperthreads of an AMD EPYC that did nothing else, two pairs: `dpo_step` 0.48 and 0.54 of
+Tunix's by the clock (experiments/results/train).
+
 Each step comes with tokens a second, FLOP/s by formula (`egjax.train.flops`) and `mfu`, their share
 of the matrix rate, which is measured in the same run with square products of the same type. For a
 GPU: `--dtype bfloat16 --width 2048 --layers 16 --mlp 8192 --heads 32 --kv-heads 8 --vocabulary
