@@ -341,7 +341,7 @@ def test_two_processes_train_what_one_does(home, tmp_path, rank):
     assert done.returncode == 0, done.stderr[-2000:]
     command = ["-m", "experiments.sft", *map(str, arguments), "--run", str(both)]
     logs = tmp_path / "logs"
-    ended = codes(launch(command, 2, logs=logs), 200)
+    ended = codes(launch(command, 2, logs=logs), 600)
     assert ended == [0, 0], "".join(path.read_text() for path in logs.glob("*.err"))[-3000:]
     places = [folder / "seed0" / "own_sft" for folder in (alone, both)]
     one, two = [hf.load(place / "model")[1] for place in places]
