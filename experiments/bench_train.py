@@ -10,6 +10,9 @@ on the same shapes (`dpo_step/tunix`): ratio = ours ÷ theirs; `dpo_step_cpu` ar
 processor, which other jobs disturb less than the clock's. `sft_step` and `distill_step` (three
 frozen models of the same size) read packed rows.
 
+On two hyperthreads of an AMD EPYC that did nothing else, two pairs: `dpo_step` 0.48 and 0.54 of
+Tunix's by the clock (experiments/results/train).
+
 Each step comes with tokens a second, FLOP/s by formula (`egjax.train.flops`) and `mfu`, their share
 of the matrix rate, which is measured in the same run with square products of the same type. For a
 GPU: `--dtype bfloat16 --width 2048 --layers 16 --mlp 8192 --heads 32 --kv-heads 8 --vocabulary
@@ -19,6 +22,7 @@ GPU: `--dtype bfloat16 --width 2048 --layers 16 --mlp 8192 --heads 32 --kv-heads
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -35,6 +39,7 @@ import tyro
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.evals.manifest import describe, write_atomic
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count, init
 from egjax.losses import dpo
@@ -96,22 +101,45 @@ class Config:
     """Interpreter that has google-tunix."""
     seed: int = 0
     """Of weights and tokens."""
+    out: Path | None = None
+    """Also write the figures there, with commit, versions and machine."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
 
 def main(config: Config) -> None:
     model = _model(config)
     rate = matrix_rate(config.matrix, config.dtype, repeats=config.repeats)
-    figures = [
+    peer: dict[str, str] = {}
+    figures: list[Figure] = []
+
+    def found(*rows: Figure) -> None:
+        emit(*rows, json=config.json)
+        figures.extend(rows)
+
+    found(
         Figure("parameters", count(model), "count", n=1),
         Figure(f"matrix_rate/{config.dtype}", rate / 1e9, "GFLOP/s", n=config.repeats),
-    ]
-    emit(*figures, json=config.json)
+    )
     if "dpo" in config.steps:
-        emit(*_dpo(config, model, rate), json=config.json)
+        found(*_dpo(config, model, rate, peer))
     for name in ("sft", "distill"):
         if name in config.steps:
-            emit(*_packed(name, config, model, rate), json=config.json)
+            found(*_packed(name, config, model, rate))
+    if config.out is not None:
+        text = json.dumps(_record(config, figures, peer), indent=1, ensure_ascii=False)
+        write_atomic(config.out, text + "\n")
+
+
+def _record(config: Config, figures: list[Figure], peer: dict[str, str]) -> dict[str, Any]:
+    """The figures with what they were made from."""
+    made = dataclasses.asdict(describe(seeds=[config.seed]))
+    of = ("commit", "dirty", "started", "python", "versions", "hardware")
+    skip = ("peer_python", "out", "json")
+    return {
+        "config": {name: value for name, value in vars(config).items() if name not in skip},
+        "figures": [json.loads(figure.line()) for figure in figures],
+        "made": {name: made[name] for name in of} | {"peer": peer},
+    }
 
 
 def _model(config: Config) -> LlamaConfig:
@@ -171,7 +199,8 @@ def _standard(p: PairLogps):
     return dpo(p.chosen, p.rejected, p.ref_chosen, p.ref_rejected, beta=0.1)
 
 
-def _dpo(config: Config, model: LlamaConfig, rate: float) -> list[Figure]:
+def _dpo(config: Config, model: LlamaConfig, rate: float, versions: dict[str, str]) -> list[Figure]:
+    """Figures of the DPO step; fills in the peer's versions."""
     rng = np.random.default_rng(config.seed)
 
     def text(length: int) -> list[int]:
@@ -183,7 +212,7 @@ def _dpo(config: Config, model: LlamaConfig, rate: float) -> list[Figure]:
     frozen = init(jax.random.key(config.seed), model)
     shared = share_prompts(pairs)
     twice = pad_pairs(pairs, config.prompt + config.completion - 1)
-    with _peer(config, model) as peer:
+    with _peer(config, model, versions) as peer:
         timed = {
             "shared": _stepper(config, model, loss, shared, frozen),
             "two_passes": _stepper(config, model, loss, twice, frozen),
@@ -227,7 +256,7 @@ def _packed(name: str, config: Config, model: LlamaConfig, rate: float) -> list[
 
 
 @contextlib.contextmanager
-def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
+def _peer(config: Config, model: LlamaConfig, versions: dict[str, str]) -> Iterator[Timed | None]:
     """A process of Tunix that takes steps when it is asked to; None without an interpreter."""
     if config.peer_python is None:
         yield None
@@ -253,7 +282,9 @@ def _peer(config: Config, model: LlamaConfig) -> Iterator[Timed | None]:
             ) from error
         try:
             note("Tunix compiles")
-            found = _answer(process, config, said)["parameters"]
+            hello = _answer(process, config, said)
+            versions.update(hello["versions"])
+            found = hello["parameters"]
             if found != count(model):
                 raise EgjaxError(f"Tunix's model has {found} parameters, ours {count(model)}")
 

@@ -3,10 +3,10 @@
     PYTHON experiments/bench_train_peer.py SHAPES.json
 
 Builds Tunix's Llama 3 and its `DPOTrainer` (policy and frozen reference), takes one step that is
-not timed, prints a line with the number of parameters; then for each line on standard input takes
-a step and prints its seconds and loss. Timed are the trainer's preparation of a batch of tokens
-(which holds the reference's forward pass) and its compiled training step, not its logging. PYTHON
-has google-tunix; egjax is not needed.
+not timed, prints a line with the number of parameters and its versions; then for each line on
+standard input takes a step and prints its seconds and loss. Timed are the trainer's preparation of
+a batch of tokens (which holds the reference's forward pass) and its compiled training step, not its
+logging. PYTHON has google-tunix; egjax is not needed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 import time
+from importlib import metadata
 
 
 def main():
@@ -63,7 +64,8 @@ def main():
 
     step()
     sizes = [x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param))]
-    print(json.dumps({"parameters": int(sum(sizes))}), flush=True)
+    versions = {name: metadata.version(name) for name in ("google-tunix", "jax", "flax")}
+    print(json.dumps({"parameters": int(sum(sizes)), "versions": versions}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(step()), flush=True)
 

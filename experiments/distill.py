@@ -195,6 +195,7 @@ def main(config: Config) -> None:
     if config.data is not None:
         emit(*figures(own_stage(config), "distill"), json=config.json)
         return
+    own.unused(config, "large", "expert", "anti_expert", when="without --data")
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         names = (("pretrain_large", "pretrain"), ("sft", "sft"), ("pretrain_small", "pretrain"))

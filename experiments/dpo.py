@@ -162,6 +162,7 @@ def main(config: Config) -> None:
     if config.data is not None:
         emit(*figures(own_stage(config), "dpo"), json=config.json)
         return
+    own.unused(config, "model", when="without --data")
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         distilled = finished(config.run, f"seed{config.seed}/distill", made_by="distill")

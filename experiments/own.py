@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
@@ -28,9 +29,9 @@ from egjax.train.checkpoint import read_metadata
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
 from experiments.models import Model
 from experiments.models import load as load_run_model
-from experiments.training import MODEL, Training
+from experiments.training import MODEL, Training, gathered
 
-__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage"]
+__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage", "unused"]
 
 T = TypeVar("T")
 _CONFIG = "config.json"
@@ -111,10 +112,13 @@ class Start:
 
     def write(self, folder: Path, model: Model) -> None:
         """Writes a model trained from this one as a Hugging Face folder with the same tokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in self._beside():
-            shutil.copyfile(path, folder / path.name)
-        hf.save(folder, model.config, model.params)
+        params = gathered(model.params)
+        if hosts.index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in self._beside():
+                shutil.copyfile(path, folder / path.name)
+            hf.save(folder, model.config, params)
+        hosts.barrier(f"the model in {folder}")
 
     def _beside(self) -> list[Path]:
         return [self.words / name for name in _BESIDE if (self.words / name).is_file()]
@@ -156,6 +160,23 @@ def given(**options: Path | None) -> dict[str, Path]:
         if value is None:
             raise EgjaxError(f"--{name.replace('_', '-')} is needed with --data")
     return {name: value for name, value in options.items() if value is not None}
+
+
+def unused(config: Any, *names: str, when: str) -> None:
+    """Refuses options that would have no effect.
+
+    Args:
+        config: an instance of a script's `Config`.
+        names: its fields that must be as they are by default.
+        when: completes the sentence, e.g. "without --data".
+
+    Raises:
+        EgjaxError: one is not.
+    """
+    plain = type(config)()
+    for name in names:
+        if getattr(config, name) != getattr(plain, name):
+            raise EgjaxError(f"--{name.replace('_', '-')} has no effect {when}")
 
 
 def check_alike(starts: Mapping[str, Start], *, chat: bool) -> None:
@@ -228,6 +249,6 @@ def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Don
         "models": {model: start.fingerprint for model, start in starts.items()},
     }
     with open_run(config.run):
-        done = Stage(config.run, f"seed{config.seed}/own_{name}", inputs).run(work)
+        done = Stage(config.run, f"seed{config.seed}/own_{name}", inputs, by="all").run(work)
     note(f"the model is in {done.path / MODEL}; transformers and --model take it")
     return done

@@ -56,9 +56,10 @@ class Config:
     training: Training = field(default_factory=lambda: Training(300, 16, 256, 2e-3))
     """Length and rate."""
     weights: Weights = field(default_factory=Weights)
-    """Task weights; unused with `data`."""
+    """Task weights of a run's samples."""
     lora_rank: int = 0
-    """Rank of a low-rank adapter that is trained in place of the weights; 0 trains them all."""
+    """Rank of a low-rank adapter that is trained in place of the weights; 0 trains them all. It is
+    written beside the model, in PEFT's layout; in the model it is merged."""
     data: Path | None = None
     """JSON lines of one's own."""
     model: Path | None = None
@@ -91,7 +92,6 @@ def stage(config: Config, text: Done, small: Done) -> Done:
 
     if config.lora_rank:
         inputs["lora_rank"] = config.lora_rank
-    lora = LoraConfig(config.lora_rank, 2.0 * config.lora_rank) if config.lora_rank else None
 
     def work(out: Path) -> None:
         model = load(small.path / MODEL)
@@ -105,16 +105,24 @@ def stage(config: Config, text: Done, small: Done) -> Done:
             seed=config.seed,
             out=out,
             title="sft",
-            lora=lora,
+            lora=_adapter(config),
             log_to=config.log_to,
         )
 
     return Stage(config.run, f"seed{config.seed}/sft", inputs, by="all").run(work)
 
 
+def _adapter(config: Config) -> LoraConfig | None:
+    rank = config.lora_rank
+    dtype = config.training.layout.master or "float32"
+    return LoraConfig(rank, 2.0 * rank, dtype=dtype) if rank else None
+
+
 def own_stage(config: Config) -> Done:
     """Fine-tunes a model of one's own on data of one's own."""
+    own.unused(config, "weights", when="with --data")
     paths = own.given(data=config.data, model=config.model)
+    adapter = _adapter(config)
     start = own.Start.at(paths["model"])
     samples, _ = read_samples(paths["data"], start.tokenizer, start.template, start.config)
     kept = own.fitting(samples, [len(s.tokens) for s in samples], config.training, start)
@@ -134,6 +142,7 @@ def own_stage(config: Config) -> Done:
             seed=config.seed,
             out=out,
             title="sft",
+            lora=adapter,
             log_to=config.log_to,
             write=start.write,
         )
@@ -145,6 +154,7 @@ def main(config: Config) -> None:
     if config.data is not None:
         emit(*figures(own_stage(config), "sft"), json=config.json)
         return
+    own.unused(config, "model", when="without --data")
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         small = finished(config.run, f"seed{config.seed}/pretrain_small", made_by="pretrain")

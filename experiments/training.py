@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from egjax import hosts
@@ -41,6 +42,7 @@ __all__ = [
     "Training",
     "curve",
     "figures",
+    "gathered",
     "mesh_for",
     "placed",
     "train",
@@ -68,7 +70,8 @@ class Training:
     learning_rate: float
     """Peak of the learning rate."""
     save_every: int = 100
-    """Steps between checkpoints."""
+    """At most this many steps are lost, however the process ends; half as many lie between two
+    checkpoints."""
     layout: Layout = field(default_factory=Layout)
     """What a step trades between memory, arithmetic and communication. Weights are trained in
     float32 where it names no other type."""
@@ -76,8 +79,14 @@ class Training:
     """How the learning rate goes on after its warm-up; wsd: warm-up, stable, decay."""
 
     def __post_init__(self):
+        for name in ("steps", "batch", "length", "save_every"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise EgjaxError(
+                    f"{getattr(self, name)} is less than 1", where=f"--training.{option}"
+                )
         parts = self.layout.accumulate
-        if parts < 1 or self.batch % parts:
+        if self.batch % parts:
             raise EgjaxError(
                 f"{parts} micro-batches do not divide {self.batch} rows",
                 where="--training.layout.accumulate",
@@ -170,7 +179,9 @@ def train(
         signal.raise_signal(signal.SIGTERM)
     trained = result.state.params
     if lora is not None:
-        peft.save(out / ADAPTER, model.config, lora, trained)
+        adapter = gathered(trained)
+        if hosts.index() == 0:
+            peft.save(out / ADAPTER, model.config, lora, adapter)
         trained = merge(base, trained, lora)
     trained = cast(trained, model.config.dtype)
     write(out / MODEL, model._replace(params=trained))
@@ -199,6 +210,19 @@ def mesh_for(config: Training) -> Mesh:
 def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
     return place(model.params, shardings(model.config, mesh))
+
+
+def gathered(params: Any) -> Any:
+    """Parameters for a writer that writes alone: whole on the host of process 0 if they lie on the
+    devices of several. All processes call it; one array at a time is on the other hosts."""
+    if hosts.count() == 1:
+        return params
+
+    def one(x: jax.Array) -> Any:
+        value = multihost_utils.process_allgather(x, tiled=True)
+        return value if hosts.index() == 0 else None
+
+    return jax.tree.map(one, params)
 
 
 def figures(done: Done, stage: str) -> list[Figure]:

@@ -30,7 +30,7 @@ class Config:
     steps: int = 40
     """Optimiser steps."""
     save_every: int = 10
-    """Steps between checkpoints."""
+    """At most this many steps are lost."""
     pause: float = 0.0
     """Seconds that each step waits on the host."""
     fail: int = -1

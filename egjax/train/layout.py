@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import head, trunk, unembed
 from egjax.lm.params import Params, abstract, shardings
@@ -23,6 +24,9 @@ from egjax.train.objectives import Apply
 from egjax.train.step import LossFn, TrainState, init_state, make_train_step, state_shardings
 
 __all__ = ["Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
+
+
+_MASTERS = (None, "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class Layout:
     master: str | None = None
     accumulate: int = 1
     attention: str = "auto"
+
+    def __post_init__(self):
+        for name in ("model", "accumulate"):
+            if getattr(self, name) < 1:
+                raise EgjaxError(f"{name} = {getattr(self, name)} of a layout is less than 1")
+        if self.master not in _MASTERS:
+            raise EgjaxError(
+                f"weights cannot be trained in {self.master!r}",
+                where="--training.layout.master",
+                remedy=f"one of {', '.join(_MASTERS[1:])}",
+            )
 
 
 class PlacedStep(NamedTuple):

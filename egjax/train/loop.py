@@ -88,6 +88,13 @@ def fit(
     A resumed run equals an uninterrupted one: state, data and key are those of the step at which
     it was left.
 
+    Whatever ends the process, and whenever (SIGKILL, a host that is taken away), at most
+    `save_every` steps have to be run again. A checkpoint counts once it is whole, and it is written
+    while training goes on. So one is begun every h = ⌈save_every / 2⌉ steps, which leaves the rest
+    of the interval to write it in; and before a step that would be more than `save_every` after the
+    last whole one, the loop waits for the one that is being written. There always is such a one:
+    it was begun less than h ≤ `save_every` steps ago, so after the last whole one.
+
     Args:
         state: where to start; consumed.
         step: see `egjax.train.step.make_train_step`.
@@ -98,8 +105,8 @@ def fit(
         frozen: passed on to `step`.
         directory: for checkpoints (`directory/checkpoints`) and `directory/metrics.jsonl`; None
             keeps nothing.
-        save_every: steps between checkpoints; the two latest are kept. They are written while
-            training goes on, so one is whole a little later than its step.
+        save_every: at most this many steps are lost, see above; at least 1. With 1 no step is run
+            while a checkpoint is written. The two latest are kept.
         log_every: steps between two lines of metrics; the host waits for the device then only.
         on_log: called with the step and its metrics at those times.
         stop: its truth is looked at after every step; once true, the state is saved and the run
@@ -120,6 +127,7 @@ def fit(
             was saved before stays.
     """
     store = None if directory is None else _Store(Path(directory).absolute())
+    half = -(-save_every // 2)
     trail: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # where the data were before a step
     try:
         if store is not None:
@@ -129,6 +137,8 @@ def fit(
             meter, stopping = _Meter(done, work, peak), bool(stop)
             pending: dict[str, jax.Array] = {}
             while done < num_steps and not stopping:
+                if store is not None:
+                    store.reach(done + 1 - save_every)
                 trail.append((done, batches.get_state()))
                 batch = next(batches)
                 meter.add(batch)
@@ -139,7 +149,7 @@ def fit(
                 # Read once a step: a signal between two reads could end the loop unsaved.
                 stopping = bool(stop)
                 at_end = done == num_steps or stopping
-                saving = store is not None and (at_end or done % save_every == 0)
+                saving = store is not None and (at_end or done % half == 0)
                 if saving or at_end or done % log_every == 0:
                     _check_finite(pending, done, title)
                     metrics = {name: float(x) for name, x in jax.device_get(pending).items()}
@@ -209,6 +219,7 @@ class _Store:
         self._ocp = require("orbax.checkpoint", "train")
         self._directory = directory
         self._metrics = directory / "metrics.jsonl"
+        self._begun = self._whole = 0  # steps of the last checkpoint that is, and that is whole
         with writing(directory):
             self._manager = self._ocp.CheckpointManager(
                 directory / "checkpoints",
@@ -219,6 +230,7 @@ class _Store:
         self, state: TrainState, batches: Batches, key: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         latest = self._manager.latest_step()
+        self._begun = self._whole = latest or 0
         self._trim_metrics(latest or 0)
         if latest is None:
             return state, key
@@ -272,6 +284,16 @@ class _Store:
                     }
                 ),
             )
+        # Orbax has waited for the one before.
+        self._begun, self._whole = step, self._begun
+
+    def reach(self, step: int) -> None:
+        """Returns once a checkpoint of `step` or later is whole, if one was begun."""
+        if self._whole < step:
+            # By steps and not by a look at the disk: all processes have to wait, or none.
+            with writing(self._directory):
+                self._manager.wait_until_finished()
+            self._whole = self._begun
 
     def save_last(self, step: int, *what: Any) -> None:
         """Saves a step that is no longer the latest one, unless it was saved."""

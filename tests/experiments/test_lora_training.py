@@ -1,19 +1,26 @@
 """The training of every stage, of an adapter: what is written fits together."""
 
+import json
+from dataclasses import asdict, replace
+
 import jax
 import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.lm import peft
+from egjax.experience.records import Sample as Text
+from egjax.lm import hf, peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig, merge
 from egjax.lm.params import init
+from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import Sample, pack
 from egjax.train.layout import applied
 from egjax.train.objectives import next_token
-from experiments.models import Model, load
-from experiments.training import ADAPTER, MODEL, Training, train
+from experiments import chat, export, sft
+from experiments.common import Stage, open_run
+from experiments.models import Model, load, save
+from experiments.training import ADAPTER, MODEL, Training, curve, train
 
 CONFIG = LlamaConfig(
     vocab_size=16,
@@ -54,6 +61,61 @@ def test_the_adapter_and_the_model_with_it_are_written(tmp_path):
     before, after = base.params["layers"], trained.params["layers"]
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"query", "up"}
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A run with its texts and πᴺ, as far as the fine-tuning needs them."""
+    path = tmp_path / "run"
+    questions = [f"Q: Walk to room {i}. A:" for i in range(6)]
+    tokenizer = Tokenizer.train([f"{q} Done." for q in questions] * 4, vocab_size=280)
+    config = replace(
+        CONFIG,
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=64,
+        bos_id=tokenizer.bos_id,
+        eos_ids=(tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+    )
+    base = Model(init(jax.random.key(0), config), config, tokenizer.fingerprint)
+
+    def text(out):
+        tokenizer.save(out / "tokenizer")
+        rows = [asdict(Text("plan", question, "Done.")) for question in questions]
+        (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with open_run(path):
+        Stage(path, "text", {}).run(text)
+        Stage(path, "seed0/pretrain_small", {}).run(lambda out: save(out / MODEL, base))
+    return path, base
+
+
+def test_a_run_with_an_adapter_is_decoded_and_exported(grown, tmp_path, capsys):
+    path, base = grown
+    training = Training(10, 6, 32, 1e-2)
+    sft.main(sft.Config(run=path, training=training, lora_rank=2, json=True))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    figures = {row["name"]: row["value"] for row in rows}
+    _, losses = curve(path / "seed0" / "sft", "loss")
+    assert figures["sft_loss"] == losses[-1] < losses[0]
+    lora, adapter = peft.load(path / "seed0" / "sft" / ADAPTER, base.config)
+    merged = merge(base.params, adapter, lora)
+    # Exported, both fit other programs: the model by itself, the adapter with the exported base.
+    for stage, params in (("sft", merged), ("pretrain_small", base.params)):
+        export.main(export.Config(path / "seed0" / stage, tmp_path / stage))
+        config, found = hf.load(tmp_path / stage)
+        assert config == base.config
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(EgjaxError, match="sft: is not empty"):
+        export.main(export.Config(path / "seed0" / "sft", tmp_path / "sft"))
+    asked = {"prompt": "Q: Walk to room 3. A:", "max_new_tokens": 8, "json": True}
+    said = []
+    for model in ({"run": path, "model": "expert"}, {"large_from": tmp_path / "sft"}):
+        capsys.readouterr()
+        chat.main(chat.Config(**model, **asked))
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0]["completion"]
+    assert said[0]["completion"] == said[1]["completion"]
 
 
 def test_rows_longer_than_the_model_are_refused(tmp_path):

@@ -12,10 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import codes, launch
+from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
-from egjax.lm import hf
+from egjax.lm import hf, lora, peft
 from egjax.lm.config import LlamaConfig
+from egjax.lm.model import forward
 from egjax.lm.params import init
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.layout import Layout
@@ -126,6 +129,45 @@ def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
     assert words.chat_template == TEMPLATE
 
 
+def test_an_adapter_is_trained_in_place_of_the_weights(home, tmp_path):
+    options = {"data": home / "sft.jsonl", "model": home / "large", "training": SHORT}
+    done = sft.own_stage(sft.Config(run=tmp_path, lora_rank=2, **options))
+    assert curve(done)[-1]["loss"] < curve(done)[0]["loss"]
+    config, base = hf.load(home / "large")
+    settings, adapter = peft.load(done.path / "adapter", config)
+    assert (settings.rank, settings.alpha) == (2, 4.0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        hf.load(done.path / "model")[1],
+        lora.merge(base, adapter, settings),
+    )
+    with pytest.raises(EgjaxError, match="LoRA rank of -1"):
+        sft.own_stage(sft.Config(run=tmp_path / "other", lora_rank=-1, **options))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_trained_adapter_gives_the_same_logits_in_peft(home, tmp_path, tokenizer):
+    library, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    done = sft.own_stage(
+        sft.Config(
+            data=home / "sft.jsonl",
+            model=home / "large",
+            run=tmp_path,
+            training=SHORT,
+            lora_rank=2,
+        )
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(home / "large")
+    ids = np.asarray([tokenizer.encode("Walk to kitchen. Grab cup.")])
+    want = forward(hf.load(done.path / "model")[1], hf.load(done.path / "model")[0], ids)
+    before = base(torch.tensor(ids)).logits.detach().numpy()
+    assert np.abs(before - want).max() > 1e-3
+    model = library.PeftModel.from_pretrained(base, done.path / "adapter")
+    logits = model(torch.tensor(ids)).logits.detach().numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+
+
 def test_bfloat16_models_train_in_float32_and_stay_bfloat16(home, tmp_path, tokenizer):
     folder = make(tmp_path / "small", tokenizer, 0, dtype="bfloat16")
     # Steps far below the precision of bfloat16 around 1: they add up in the masters alone.
@@ -179,12 +221,101 @@ def test_models_that_do_not_fit_are_told_before_any_work(home, tmp_path, tokeniz
     long = replace(SHORT, length=65)
     with pytest.raises(EgjaxError, match="rows of 65 tokens exceed the model's context of 64"):
         distill.own_stage(replace(base, training=long))
+    wide = make(tmp_path / "wide", tokenizer, 3, vocab_size=290)
+    with pytest.raises(
+        EgjaxError, match="vocabulary sizes differ: πᴸ has 290, πᴱ has 283, πᴺ has 283"
+    ):
+        distill.own_stage(replace(base, large=wide))
     few = make(tmp_path / "few", tokenizer, 3, vocab_size=270)
     with pytest.raises(EgjaxError, match="the tokenizer has 280 tokens, the model 270"):
         own.Start.at(few)
     with pytest.raises(EgjaxError, match=r"nowhere: there is no model"):
         own.Start.at(tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def miss(folder):
+    """The second of two files that the index names is not there."""
+    weights = folder / "model.safetensors"
+    names = list(load_file(weights))
+    files = ["one.safetensors"] + ["two.safetensors"] * (len(names) - 1)
+    index = {"weight_map": dict(zip(names, files, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(folder / "one.safetensors")
+
+
+def spoil(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
+def invent(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "logits_scaling": 8.0}))
+
+
+def pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def forget(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut, r"model\.safetensors: cannot be read"),
+        (miss, r"two\.safetensors: file is missing"),
+        (spoil, r"model\.norm\.weight holds NaN"),
+        (invent, r"config\.json: field 'logits_scaling' = 8\.0 is not known"),
+        (pickle, r"pytorch_model\.bin is a pickle and never read"),
+        (forget, "tokenizer"),
+        (None, "rows of 65 tokens exceed the model's context of 64"),
+    ],
+)
+def test_a_broken_model_is_told_before_the_first_step(home, tmp_path, tokenizer, harm, said):
+    folder, training = make(tmp_path / "model", tokenizer, 0), SHORT
+    if harm is None:
+        training = replace(SHORT, length=65)
+    else:
+        harm(folder)
+    config = sft.Config(
+        data=home / "sft.jsonl", model=folder, run=tmp_path / "run", training=training
+    )
+    with pytest.raises(EgjaxError, match=said) as found:
+        sft.own_stage(config)
+    assert "\n" not in str(found.value)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_options_that_would_do_nothing_are_refused(home, tmp_path):
+    run = tmp_path / "run"
+    for module, options, said in (
+        (sft, {"model": home / "large"}, "--model has no effect without --data"),
+        (dpo, {"model": home / "large"}, "--model has no effect without --data"),
+        (distill, {"anti_expert": home / "anti"}, "--anti-expert has no effect without --data"),
+        (
+            sft,
+            {"data": home / "sft.jsonl", "model": home / "large", "weights": sft.Weights(plan=2.0)},
+            "--weights has no effect with --data",
+        ),
+    ):
+        with pytest.raises(EgjaxError, match=said):
+            module.main(module.Config(run=run, **options))
+    for options, said in (
+        ({"save_every": 0}, r"--training\.save-every: 0 is less than 1"),
+        ({"steps": 0}, r"--training\.steps: 0 is less than 1"),
+    ):
+        with pytest.raises(EgjaxError, match=said):
+            replace(SHORT, **options)
+    assert not run.exists()
 
 
 def call(module, *arguments):
@@ -196,6 +327,29 @@ def call(module, *arguments):
         env=os.environ,
         check=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_processes_train_what_one_does(home, tmp_path, rank):
+    """On one file system, as a job of several hosts; the model and the adapter are written once."""
+    settings = [f"--training.{k}={v}" for k, v in (("steps", 3), ("batch", 2), ("length", 48))]
+    arguments = ["--data", home / "sft.jsonl", "--model", home / "large", *settings]
+    arguments += ["--training.learning-rate", "1e-2", "--lora-rank", rank]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    done = call("sft", *arguments, "--run", alone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["-m", "experiments.sft", *map(str, arguments), "--run", str(both)]
+    logs = tmp_path / "logs"
+    ended = codes(launch(command, 2, logs=logs), 600)
+    assert ended == [0, 0], "".join(path.read_text() for path in logs.glob("*.err"))[-3000:]
+    places = [folder / "seed0" / "own_sft" for folder in (alone, both)]
+    one, two = [hf.load(place / "model")[1] for place in places]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, two)
+    if rank:
+        config = hf.load(home / "large")[0]
+        adapters = [peft.load(place / "adapter", config)[1] for place in places]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *adapters)
 
 
 def test_a_bad_line_is_exit_code_2(home, tmp_path):

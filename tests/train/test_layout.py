@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import abstract, init
 from egjax.mesh import make_mesh
@@ -116,6 +117,19 @@ def test_masters_are_wide_and_the_model_computes_in_its_own_type():
     )
     moments = [x for x in jax.tree.leaves(placed.state.opt_state) if x.ndim]
     assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"model": 0}, "model = 0 of a layout is less than 1"),
+        ({"accumulate": 0}, "accumulate = 0"),
+        ({"master": "int8"}, "cannot be trained in 'int8'"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(wrong, said):
+    with pytest.raises(EgjaxError, match=said):
+        Layout(**wrong)
 
 
 def test_one_function_for_one_layout():

@@ -73,18 +73,18 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, whole, left_at):
 
 
 def test_killed_run_goes_on_from_the_last_interval(tmp_path, whole):
-    # Crash in step 8: the checkpoint of step 6 is the latest.
+    # Crash in step 8: of the checkpoints, one every third step, that of step 6 is the latest.
     def crash(done, _):
         if done == 8:
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path, save_every=3, on_log=crash)
+        run(tmp_path, save_every=6, on_log=crash)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     seen = []
-    resumed = run(tmp_path, save_every=3, on_log=lambda done, _: seen.append(done))
+    resumed = run(tmp_path, save_every=6, on_log=lambda done, _: seen.append(done))
     assert seen == [7, 8, 9, 10, 11, 12]
     same(resumed.state, whole.state)
     steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
