@@ -99,6 +99,8 @@ class Config:
 
     plan: str | None = None
     """Name of a case to compile; its plan is kept in `results`."""
+    hlo: Path | None = None
+    """File for the text of its compiled program."""
     list: bool = False
     """Print the names of the cases."""
     results: Path = Path("experiments/results/capacity")
@@ -289,7 +291,7 @@ def main(config: Config) -> int:
                 f"no case {config.plan!r}", where="--plan", remedy=f"one of {', '.join(CASES)}"
             )
         out = config.results / f"{config.plan}.json"
-        capacity.main(replace(CASES[config.plan], out=out))
+        capacity.main(replace(CASES[config.plan], out=out, hlo=config.hlo))
         return 0
     found = {name: config.results / f"{name}.json" for name in CASES}
     plans = {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items() if p.exists()}

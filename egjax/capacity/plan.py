@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from egjax.capacity.chips import Topology
@@ -113,13 +114,15 @@ def formula_plan(case: Case, topology: Topology, data: int, model: int) -> Plan:
     return _plan(case, topology, data, model, kinds, None)
 
 
-def compiled_plan(case: Case, topology: Topology, data: int, model: int) -> Plan:
-    """A plan by the TPU compiler.
+def compiled_plan(
+    case: Case, topology: Topology, data: int, model: int, hlo: Path | None = None
+) -> Plan:
+    """A plan by the TPU compiler; arguments as of `egjax.capacity.compiled.compile_for`.
 
     Raises:
         EgjaxError: see `egjax.capacity.compiled.compile_for`.
     """
-    done = compile_for(case, topology, data, model)
+    done = compile_for(case, topology, data, model, hlo)
     chips = data * model
     kinds = {kind: size / chips for kind, size in state_bytes(case).items()}
     state = sum(kinds.values())
