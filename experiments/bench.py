@@ -5,11 +5,14 @@
 
 Runs every `experiments/bench_*.py` in sizes small to large, each in a process of its own without
 the compilation cache, so that compile time and peak memory are that run's. Each script times by
-medians of repeats after a warm-up and names its peer, where one is installed. Writes
-`bench.json`, `bench.html` (cost against size, one panel a figure) and compares with the newest file
-in `experiments/results/bench`: what is worse by more than `--tolerance` (bytes: by 10 %) is named.
-Times of another machine say nothing: there only bytes and ratios to a peer of the same run are
-compared. To commit figures: `--keep NAME`, on a machine that does nothing else.
+medians of repeats after a warm-up and names its peer, where one is installed. After each run
+`bench.json` holds all so far; those of an earlier call by the same commit on the same machine stay
+in it, so a benchmark may be made in pieces (`--only`, `--sizes`). `bench.html` shows cost against
+size, one panel a figure, and what differs from the newest file in `experiments/results/bench`: what
+is worse by more than `--tolerance` (bytes: by 10 %) is named. Times of another machine say nothing:
+there only bytes and ratios to a peer of the same run are compared. A benchmark that fails is named
+at the end (exit code 1) and does not stop the others. To commit figures: `--keep NAME`, on a
+machine that does nothing else. Expected: 15 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ _COMMITTED = _HERE / "results" / "bench"
 _MEMORY = 0.10  # tolerance of bytes
 _UNITS = {"1/s": True, "tokens/s": True, "steps/s": True, "s": False, "ms": False}  # more is better
 _BYTES = ("bytes", "B", "MiB", "GiB")
-_LOSSES = ("--losses", "sft", "reverse_kl", "reverse_kl_ratio", "--repeats", "3")
+_LOSSES = ("--losses", "sft", "reverse_kl", "reverse_kl_ratio", "--tokens", "512", "--width", "512")
+_STEPS = ("--rows", "2", "--pairs", "2", "--repeats", "3")
+
+_SIZES = ("small", "middle", "large")
 
 # Size (what grows) and arguments of each run; a script that is not listed runs as it is by default.
 SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
@@ -59,16 +65,17 @@ SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
         for size, count in (("small", 16), ("middle", 64), ("large", 256))
     },
     "bench_losses": {
-        size: (vocabulary, (*_LOSSES, "--vocabulary", str(vocabulary), "--width", width))
-        for size, vocabulary, width in (
-            ("small", 4096, "128"),
-            ("middle", 16384, "512"),
-            ("large", 65536, "1024"),
-        )
+        size: (vocabulary, (*_LOSSES, "--repeats", "3", "--vocabulary", str(vocabulary)))
+        for size, vocabulary in (("small", 4096), ("middle", 16384), ("large", 65536))
     },
-    "bench_decode": {
-        "small": (1, ("--large", "4m", "--small", "tiny", "--repeats", "3")),
-        "middle": (2, ("--large", "30m", "--small", "4m", "--repeats", "3")),
+    "bench_train": {  # width of the model
+        "small": (128, (*_STEPS, "--width", "128", "--mlp", "352", "--layers", "4")),
+        "middle": (256, (*_STEPS, "--width", "256", "--mlp", "704", "--layers", "6")),
+        "large": (512, (*_STEPS, "--width", "512", "--mlp", "1408", "--layers", "9")),
+    },
+    "bench_decode": {  # millions of parameters of the large model
+        "small": (4, ("--large", "4m", "--small", "tiny", "--repeats", "3")),
+        "middle": (30, ("--large", "30m", "--small", "4m", "--repeats", "3")),
     },
 }
 
@@ -93,8 +100,9 @@ class Config:
 
 
 def scripts() -> list[str]:
-    """Every benchmark, by name."""
-    return sorted(path.stem for path in _HERE.glob("bench_*.py"))
+    """Every benchmark, by name; a peer's side is no benchmark by itself."""
+    found = (path.stem for path in _HERE.glob("bench_*.py"))
+    return sorted(name for name in found if not name.endswith("_peer"))
 
 
 def _plan(config: Config) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
@@ -132,7 +140,7 @@ def _run(script: str, size: str, number: int, arguments: Sequence[str]) -> dict[
             "arguments": list(arguments),
             "seconds": seconds,
             **json.loads(costs.read_text()),
-            "figures": [json.loads(line) for line in done.stdout.splitlines()],
+            "figures": [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")],
         }
 
 
@@ -285,24 +293,48 @@ def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> st
     )
 
 
-def main(config: Config) -> None:
+def _earlier(out: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs of an earlier call that go with those of this one: same commit, same machine."""
+    try:
+        found = json.loads(out.read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    alike = all(found["manifest"][key] == here[key] for key in ("commit", "python", "versions"))
+    clean = here["commit"] and not (here["dirty"] or found["manifest"]["dirty"])
+    return (
+        found["runs"] if clean and alike and _machine(found) == _machine({"manifest": here}) else []
+    )
+
+
+def main(config: Config) -> int:
     unknown = [name for name in config.only if name not in scripts()]
     if unknown:
         raise EgjaxError(f"no benchmark {unknown[0]!r}", remedy=f"there are {', '.join(scripts())}")
     before = config.against or newest()
     old = None if before is None else json.loads(before.read_text())
-    plan, runs = list(_plan(config)), []
+    # As JSON holds it.
+    here = json.loads(json.dumps(dataclasses.asdict(describe(seeds=()))))
+    plan, failed = list(_plan(config)), []
+    runs = {(run["script"], run["size"]): run for run in _earlier(config.out / "bench.json", here)}
+    made = set()
+    text = ""
     with progress("benchmarks", len(plan)) as update:
-        for one in plan:
-            runs.append(_run(*one))
-            update(len(runs), f"{one[0]} {one[1]}")
-    results = {"manifest": dataclasses.asdict(describe(seeds=())), "runs": runs}
+        for done, (script, size, *rest) in enumerate(plan, start=1):
+            try:
+                runs[script, size] = _run(script, size, *rest)
+                made.add((script, size))
+            except EgjaxError as error:
+                failed.append(f"{error}")
+                note(f"failed: {error}")
+            results = {"manifest": here, "runs": [runs[key] for key in sorted(runs, key=_place)]}
+            text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(config.out / "bench.json", text)
+            update(done, f"{script} {size}")
+    results = json.loads(text) if text else {"manifest": here, "runs": []}
     changes = [] if old is None else compare(old, results, config.tolerance)
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(config.out / "bench.json", text)
     named = "nothing: no results are committed" if before is None else before.name
     write_atomic(config.out / "bench.html", page(results, changes, named))
-    if config.keep:
+    if config.keep and not failed:
         write_atomic(_COMMITTED / f"{config.keep}.json", text)
     slower = [change for change in changes if change.slower]
     for change in slower:
@@ -310,14 +342,23 @@ def main(config: Config) -> None:
             f"slower: {change.name}: {change.before:.4g} → {change.now:.4g} {change.unit} "
             f"({100 * change.worse:+.1f} %)"
         )
+    for line in failed:
+        note(f"failed: {line}")
     note(f"compared with {named}; page: {config.out / 'bench.html'}")
     emit(
-        Figure("benchmarks", len(runs), "runs", n=len(runs)),
+        Figure("benchmarks", len(made), "runs", n=len(plan)),
+        Figure("benchmarks_failed", len(failed), "runs", n=len(plan)),
         Figure("figures_compared", len(changes), "figures", n=len(changes)),
         Figure("figures_slower", len(slower), "figures", n=len(changes)),
-        Figure("seconds", sum(run["seconds"] for run in runs), "s", n=len(runs)),
+        Figure("seconds", sum(runs[key]["seconds"] for key in made), "s", n=len(made)),
         json=config.json,
     )
+    return 1 if failed else 0
+
+
+def _place(key: tuple[str, str]) -> tuple[str, int]:
+    """Order of a run in the results: by script, then from small to large."""
+    return key[0], _SIZES.index(key[1])
 
 
 if __name__ == "__main__":
