@@ -319,9 +319,9 @@ def main(config: Config) -> int:
     made = set()
     text = ""
     with progress("benchmarks", len(plan)) as update:
-        for done, (script, size, *rest) in enumerate(plan, start=1):
+        for done, (script, size, number, arguments) in enumerate(plan, start=1):
             try:
-                runs[script, size] = _run(script, size, *rest)
+                runs[script, size] = _run(script, size, number, arguments)
                 made.add((script, size))
             except EgjaxError as error:
                 failed.append(f"{error}")

@@ -15,7 +15,7 @@ import gzip
 import io
 import json as jsonlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +162,14 @@ def figures(lanes: Sequence[Lane], top: int) -> list[Figure]:
     for program in programs:
         own = sum(event.own for event in events if event.program == program)
         rows.append(Figure(f"program/{program}", own, "s", n=programs[program]))
-    seconds: Counter[tuple[str, str]] = Counter()
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
-        seconds[event.program, event.family] += event.own
-    for (program, family), own in seconds.most_common(top):
-        n = sum((event.program, event.family) == (program, family) for event in events)
-        rows.append(Figure(f"self/{program}/{family}", own, "s", n=n))
-    return rows
+        found[event.program, event.family].append(event.own)
+    most = sorted(found.items(), key=lambda item: -sum(item[1]))[:top]
+    return rows + [
+        Figure(f"self/{program}/{family}", sum(own), "s", n=len(own))
+        for (program, family), own in most
+    ]
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -212,12 +213,12 @@ def _part(lane: Lane, span: tuple[float, float]) -> Lane | None:
 def _strip(axis: Any, lanes: Sequence[Lane], span: tuple[float, float], by: str) -> None:
     """One axis: a row a lane, the innermost event on top."""
     first, last = span
-    weight: Counter[str] = Counter()
+    weight: dict[str, float] = defaultdict(float)
     for lane in lanes:
         for event in lane.events:
             if event.program:
                 weight[getattr(event, by)] += event.own
-    colours = {name: _COLOURS[i] for i, (name, _) in enumerate(weight.most_common(len(_COLOURS)))}
+    colours = dict(zip(sorted(weight, key=lambda name: -weight[name]), _COLOURS, strict=False))
     for row, lane in enumerate(lanes):
         for inside, height in ((False, 0.8), (True, 0.6)):
             bars: dict[str, list[tuple[float, float]]] = {}
