@@ -74,7 +74,7 @@ SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
         "large": (512, (*_STEPS, "--width", "512", "--mlp", "1408", "--layers", "9")),
     },
     "bench_decode": {  # millions of parameters of the large model
-        "small": (4, ("--large", "4m", "--small", "tiny", "--repeats", "3")),
+        "small": (4, ("--large", "4m", "--small", "4m", "--repeats", "3")),
         "middle": (30, ("--large", "30m", "--small", "4m", "--repeats", "3")),
     },
 }
