@@ -45,7 +45,7 @@ CASES: dict[str, capacity.Config] = {
         "decode", "405b", "v5p:2x2x2", model_parallel=8, int8=True, **_DECODE
     ),
     "sft-8b-v5e-16": _plan("sft", "8b", "v5e:4x4", batch=16, model_parallel=1),
-    "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4),
+    "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4, accumulate=4),
     "distill-8b-v5e-16": _plan("distill", "8b", "v5e:4x4", batch=16, model_parallel=4),
     "decode-8b-v5e-16": _plan("decode", "8b", "v5e:4x4", model_parallel=8, **_DECODE),
     "distill-1b-v5e-8": _plan("distill", "1b", "v5e:2x4", expert="1b", batch=8, model_parallel=1),
