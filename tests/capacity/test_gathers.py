@@ -1,4 +1,4 @@
-"""A training step whose matrices are split over both axes of a mesh never holds one of them whole."""
+"""A step whose matrices are split over both axes of a mesh never holds one of them whole."""
 
 import os
 import subprocess
@@ -19,7 +19,8 @@ what = program(Case("sft", config, config, 4, 128, layout=layout), mesh)
 text = what.function.lower(*what.arguments).compile().as_text()
 whole = 64 * 224  # as many entries as a matrix of the MLP; an attention matrix has 64 * 64
 for one in collectives(text, 8):
-    sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"\\[([\\d,]+)\\]", one.shape)]
+    shapes = re.findall(r"\\[([\\d,]+)\\]", one.shape)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     if whole in sizes or (64 * 64 in sizes and one.operation == "all-gather"):
         print(one)
 """
