@@ -54,6 +54,13 @@ _STEPS = ("--rows", "2", "--pairs", "2", "--repeats", "3")
 
 _SIZES = ("small", "middle", "large")
 
+_GROWS = {
+    "bench_sim": "states at once",
+    "bench_search": "simulations of a tree",
+    "bench_losses": "vocabulary",
+    "bench_train": "width of the model",
+    "bench_decode": "parameters of the large model, millions",
+}
 # Size (what grows) and arguments of each run; a script that is not listed runs as it is by default.
 SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
     "bench_sim": {
@@ -220,50 +227,82 @@ def newest() -> Path | None:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def _panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, float | None]]]]:
-    """Points (size, value, peer's value) of each figure of each script that more sizes have."""
-    found: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
+class Point(NamedTuple):
+    """A figure at one size, and what the peer has there (None without one)."""
+
+    size: int
+    value: float
+    peer: float | None
+
+
+class Panel(NamedTuple):
+    """A figure at several sizes; `peer` names whom it is compared with."""
+
+    name: str
+    unit: str
+    peer: str
+    points: list[Point]
+
+
+def _panels(results: dict[str, Any]) -> dict[str, list[Panel]]:
+    """What grows with the size, or might, of each script; figures that have several sizes."""
+    found: dict[str, dict[str, Panel]] = {}
     for run in results["runs"]:
-        rows = [
-            (row["name"], row["unit"], row["value"], row.get("peer_value"))
-            for row in run["figures"]
-        ]
-        rows.append(("compilation", "s", run["compile_seconds"], None))
-        rows.append(("peak memory", "MiB", run["peak_bytes"] / 2**20, None))
-        for name, unit, value, peer in rows:
+        compiled = {"name": "compilation", "unit": "s", "value": run["compile_seconds"]}
+        peak = {"name": "peak memory", "unit": "B", "value": run["peak_bytes"]}
+        for row in (*run["figures"], compiled, peak):
+            if row["value"] is None or row["unit"] not in (*_UNITS, *_BYTES, "ratio"):
+                continue
             # A name that holds the size ("batch 64, 1 thread") is the same figure at every size.
-            plain = re.sub(rf"\b{run['number']}\b", "n", name)
-            panel = found.setdefault(run["script"], {}).setdefault(f"{plain} [{unit}]", [])
-            if value is not None:
-                panel.append((run["number"], value, peer))
+            name = re.sub(rf"\b{run['number']}\b", "n", row["name"])
+            panel = Panel(name, row["unit"], row.get("peer") or "", [])
+            panel = found.setdefault(run["script"], {}).setdefault(name, panel)
+            panel.points.append(Point(run["number"], row["value"], row.get("peer_value")))
     return {
-        script: {name: points for name, points in panels.items() if len(points) > 1}
+        script: [panel for panel in panels.values() if len(panel.points) > 1]
         for script, panels in found.items()
     }
 
 
-def _draw(panels: dict[str, list[tuple[int, float, float | None]]]) -> bytes:
+def _draw(panels: Sequence[Panel], grows: str) -> bytes:
     plt = require("matplotlib.pyplot", "eval")
     columns = 3
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
-        sizes, values, peers = zip(*points, strict=True)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        sizes, values, peers = zip(*panel.points, strict=True)
+        shown = [*values]
+        if all(peers):
+            axis.loglog(sizes, peers, "s--", color="#8a929b", label=panel.peer or "peer")
+            shown += peers
         axis.loglog(sizes, values, "o-", color="#0072b2", label="egjax")
         if all(peers):
-            axis.loglog(sizes, peers, "s--", color="#8a929b", label="peer")
             axis.legend(fontsize=7)
-        axis.set_title(name, fontsize=8)
-        axis.set_xlabel("size", fontsize=7)
-        axis.tick_params(labelsize=7)
+        _scale(axis, sizes, [value for value in shown if value > 0])
+        axis.set_title(f"{panel.name} [{panel.unit}]", fontsize=8)
+        axis.set_xlabel(grows, fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     plt.close(figure)
     return out.getvalue()
+
+
+def _scale(axis: Any, sizes: Sequence[int], values: Sequence[float]) -> None:
+    """Ticks in plain numbers; at least a decade upwards, so that a flat curve looks flat."""
+    ticker = require("matplotlib.ticker", "eval")
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    room = max(10.0 / (high / low), 1.0) ** 0.5 * 1.3
+    axis.set_ylim(low / room, high * room)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0), numticks=12))
+    axis.yaxis.set_major_formatter(ticker.EngFormatter(sep="\N{THIN SPACE}"))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.tick_params(labelsize=7)
 
 
 def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> str:
@@ -273,7 +312,7 @@ def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> st
         doc = (_HERE / f"{script}.py").read_text().split('"""')[1].splitlines()[0]
         parts.append(f"<h2>{html.escape(script)}</h2><p>{html.escape(doc)}</p>")
         if panels:
-            image = base64.b64encode(_draw(panels)).decode()
+            image = base64.b64encode(_draw(panels, _GROWS.get(script, "size"))).decode()
             parts.append(f'<img alt="cost against size" src="data:image/png;base64,{image}">')
     rows = "".join(
         f"<tr{' class=slower' if c.slower else ''}><td>{html.escape(c.name)}</td>"
@@ -282,11 +321,16 @@ def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> st
         for c in changes
     )
     machine = results["manifest"]
-    told = f"commit {machine['commit']}, {machine['hardware']['cpu']}, {machine['started']}"
+    hardware = machine["hardware"]
+    told = (
+        f"commit {(machine['commit'] or 'unknown')[:12]}{'+' if machine['dirty'] else ''}, "
+        f"{hardware['cores']} × {hardware['cpu']}, {machine['started']}"
+    )
     return (
         "<!doctype html><meta charset=utf-8><title>egjax: cost against size</title>"
         "<style>body{font:15px sans-serif;max-width:1200px;margin:2em auto}img{max-width:100%}"
-        "td,th{padding:.2em .8em;text-align:left}.slower{background:#fdd}</style>"
+        "td,th{padding:.2em .8em;text-align:left;font-variant-numeric:tabular-nums}"
+        ".slower{background:#fdd}</style>"
         f"<h1>Cost against size</h1><p>{html.escape(told)}</p>{''.join(parts)}"
         f"<h2>Against {html.escape(against)}</h2><table><tr><th>figure</th><th>before</th>"
         f"<th>now</th><th>worse by</th></tr>{rows}</table>"

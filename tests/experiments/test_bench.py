@@ -38,7 +38,7 @@ def run(script="bench_sim", size="small", *, number=64, rate=100.0, seconds=2.0,
 
 def results(*runs, cpu="a"):
     hardware = {"cpu": cpu, "cores": 2, "devices": ["cpu"]}
-    manifest = {"hardware": hardware, "commit": "abc", "started": "2026-01-01"}
+    manifest = {"hardware": hardware, "commit": "abc", "dirty": True, "started": "2026-01-01"}
     return {"manifest": manifest, "runs": list(runs)}
 
 
@@ -82,8 +82,12 @@ def test_the_page_shows_cost_against_size_and_escapes():
     assert "data:image/png;base64," in text
     assert "&lt;last&gt;" in text
     assert "class=slower" in text
-    panels = bench._panels(now)["bench_sim"]
-    assert [x for x, _, _ in panels["steps, batch n [1/s]"]] == [64, 256]
+    assert "commit abc+, 2 × a" in text
+    panels = {panel.name: panel for panel in bench._panels(now)["bench_sim"]}
+    assert [point.size for point in panels["steps, batch n"].points] == [64, 256]
+    assert [point.peer for point in panels["time"].points] == [1, 1]
+    assert "solved" not in panels  # neither time nor memory
+    assert set(bench._GROWS) == set(bench.SIZES)
 
 
 def test_an_unknown_benchmark_is_refused():
