@@ -5,11 +5,14 @@
 
 Runs every `experiments/bench_*.py` in sizes small to large, each in a process of its own without
 the compilation cache, so that compile time and peak memory are that run's. Each script times by
-medians of repeats after a warm-up and names its peer, where one is installed. Writes
-`bench.json`, `bench.html` (cost against size, one panel a figure) and compares with the newest file
-in `experiments/results/bench`: what is worse by more than `--tolerance` (bytes: by 10 %) is named.
-Times of another machine say nothing: there only bytes and ratios to a peer of the same run are
-compared. To commit figures: `--keep NAME`, on a machine that does nothing else.
+medians of repeats after a warm-up and names its peer, where one is installed. After each run
+`bench.json` holds all so far; those of an earlier call by the same commit on the same machine stay
+in it, so a benchmark may be made in pieces (`--only`, `--sizes`). `bench.html` shows cost against
+size, one panel a figure, and what differs from the newest file in `experiments/results/bench`: what
+is worse by more than `--tolerance` (bytes: by 10 %) is named. Times of another machine say nothing:
+there only bytes and ratios to a peer of the same run are compared. A benchmark that fails is named
+at the end (exit code 1) and does not stop the others. To commit figures: `--keep NAME`, on a
+machine that does nothing else. Expected: 15 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -46,8 +49,18 @@ _COMMITTED = _HERE / "results" / "bench"
 _MEMORY = 0.10  # tolerance of bytes
 _UNITS = {"1/s": True, "tokens/s": True, "steps/s": True, "s": False, "ms": False}  # more is better
 _BYTES = ("bytes", "B", "MiB", "GiB")
-_LOSSES = ("--losses", "sft", "reverse_kl", "reverse_kl_ratio", "--repeats", "3")
+_LOSSES = ("--losses", "sft", "reverse_kl", "reverse_kl_ratio", "--tokens", "512", "--width", "512")
+_STEPS = ("--rows", "2", "--pairs", "2", "--repeats", "3")
 
+_SIZES = ("small", "middle", "large")
+
+_GROWS = {
+    "bench_sim": "states at once",
+    "bench_search": "simulations of a tree",
+    "bench_losses": "vocabulary",
+    "bench_train": "width of the model",
+    "bench_decode": "parameters of the large model, millions",
+}
 # Size (what grows) and arguments of each run; a script that is not listed runs as it is by default.
 SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
     "bench_sim": {
@@ -59,16 +72,17 @@ SIZES: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
         for size, count in (("small", 16), ("middle", 64), ("large", 256))
     },
     "bench_losses": {
-        size: (vocabulary, (*_LOSSES, "--vocabulary", str(vocabulary), "--width", width))
-        for size, vocabulary, width in (
-            ("small", 4096, "128"),
-            ("middle", 16384, "512"),
-            ("large", 65536, "1024"),
-        )
+        size: (vocabulary, (*_LOSSES, "--repeats", "3", "--vocabulary", str(vocabulary)))
+        for size, vocabulary in (("small", 4096), ("middle", 16384), ("large", 65536))
     },
-    "bench_decode": {
-        "small": (1, ("--large", "4m", "--small", "tiny", "--repeats", "3")),
-        "middle": (2, ("--large", "30m", "--small", "4m", "--repeats", "3")),
+    "bench_train": {  # width of the model
+        "small": (128, (*_STEPS, "--width", "128", "--mlp", "352", "--layers", "4")),
+        "middle": (256, (*_STEPS, "--width", "256", "--mlp", "704", "--layers", "6")),
+        "large": (512, (*_STEPS, "--width", "512", "--mlp", "1408", "--layers", "9")),
+    },
+    "bench_decode": {  # millions of parameters of the large model
+        "small": (4, ("--large", "4m", "--small", "4m", "--repeats", "3")),
+        "middle": (30, ("--large", "30m", "--small", "4m", "--repeats", "3")),
     },
 }
 
@@ -93,8 +107,9 @@ class Config:
 
 
 def scripts() -> list[str]:
-    """Every benchmark, by name."""
-    return sorted(path.stem for path in _HERE.glob("bench_*.py"))
+    """Every benchmark, by name; a peer's side is no benchmark by itself."""
+    found = (path.stem for path in _HERE.glob("bench_*.py"))
+    return sorted(name for name in found if not name.endswith("_peer"))
 
 
 def _plan(config: Config) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
@@ -132,7 +147,7 @@ def _run(script: str, size: str, number: int, arguments: Sequence[str]) -> dict[
             "arguments": list(arguments),
             "seconds": seconds,
             **json.loads(costs.read_text()),
-            "figures": [json.loads(line) for line in done.stdout.splitlines()],
+            "figures": [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")],
         }
 
 
@@ -212,50 +227,82 @@ def newest() -> Path | None:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def _panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, float | None]]]]:
-    """Points (size, value, peer's value) of each figure of each script that more sizes have."""
-    found: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
+class Point(NamedTuple):
+    """A figure at one size, and what the peer has there (None without one)."""
+
+    size: int
+    value: float
+    peer: float | None
+
+
+class Panel(NamedTuple):
+    """A figure at several sizes; `peer` names whom it is compared with."""
+
+    name: str
+    unit: str
+    peer: str
+    points: list[Point]
+
+
+def _panels(results: dict[str, Any]) -> dict[str, list[Panel]]:
+    """What grows with the size, or might, of each script; figures that have several sizes."""
+    found: dict[str, dict[str, Panel]] = {}
     for run in results["runs"]:
-        rows = [
-            (row["name"], row["unit"], row["value"], row.get("peer_value"))
-            for row in run["figures"]
-        ]
-        rows.append(("compilation", "s", run["compile_seconds"], None))
-        rows.append(("peak memory", "MiB", run["peak_bytes"] / 2**20, None))
-        for name, unit, value, peer in rows:
+        compiled = {"name": "compilation", "unit": "s", "value": run["compile_seconds"]}
+        peak = {"name": "peak memory", "unit": "B", "value": run["peak_bytes"]}
+        for row in (*run["figures"], compiled, peak):
+            if row["value"] is None or row["unit"] not in (*_UNITS, *_BYTES, "ratio"):
+                continue
             # A name that holds the size ("batch 64, 1 thread") is the same figure at every size.
-            plain = re.sub(rf"\b{run['number']}\b", "n", name)
-            panel = found.setdefault(run["script"], {}).setdefault(f"{plain} [{unit}]", [])
-            if value is not None:
-                panel.append((run["number"], value, peer))
+            name = re.sub(rf"\b{run['number']}\b", "n", row["name"])
+            panel = Panel(name, row["unit"], row.get("peer") or "", [])
+            panel = found.setdefault(run["script"], {}).setdefault(name, panel)
+            panel.points.append(Point(run["number"], row["value"], row.get("peer_value")))
     return {
-        script: {name: points for name, points in panels.items() if len(points) > 1}
+        script: [panel for panel in panels.values() if len(panel.points) > 1]
         for script, panels in found.items()
     }
 
 
-def _draw(panels: dict[str, list[tuple[int, float, float | None]]]) -> bytes:
+def _draw(panels: Sequence[Panel], grows: str) -> bytes:
     plt = require("matplotlib.pyplot", "eval")
     columns = 3
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
-        sizes, values, peers = zip(*points, strict=True)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        sizes, values, peers = zip(*panel.points, strict=True)
+        shown = [*values]
+        if all(peers):
+            axis.loglog(sizes, peers, "s--", color="#8a929b", label=panel.peer or "peer")
+            shown += peers
         axis.loglog(sizes, values, "o-", color="#0072b2", label="egjax")
         if all(peers):
-            axis.loglog(sizes, peers, "s--", color="#8a929b", label="peer")
             axis.legend(fontsize=7)
-        axis.set_title(name, fontsize=8)
-        axis.set_xlabel("size", fontsize=7)
-        axis.tick_params(labelsize=7)
+        _scale(axis, sizes, [value for value in shown if value > 0])
+        axis.set_title(f"{panel.name} [{panel.unit}]", fontsize=8)
+        axis.set_xlabel(grows, fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     plt.close(figure)
     return out.getvalue()
+
+
+def _scale(axis: Any, sizes: Sequence[int], values: Sequence[float]) -> None:
+    """Ticks in plain numbers; at least a decade upwards, so that a flat curve looks flat."""
+    ticker = require("matplotlib.ticker", "eval")
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    room = max(10.0 / (high / low), 1.0) ** 0.5 * 1.3
+    axis.set_ylim(low / room, high * room)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0), numticks=12))
+    axis.yaxis.set_major_formatter(ticker.EngFormatter(sep="\N{THIN SPACE}"))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.tick_params(labelsize=7)
 
 
 def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> str:
@@ -265,7 +312,7 @@ def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> st
         doc = (_HERE / f"{script}.py").read_text().split('"""')[1].splitlines()[0]
         parts.append(f"<h2>{html.escape(script)}</h2><p>{html.escape(doc)}</p>")
         if panels:
-            image = base64.b64encode(_draw(panels)).decode()
+            image = base64.b64encode(_draw(panels, _GROWS.get(script, "size"))).decode()
             parts.append(f'<img alt="cost against size" src="data:image/png;base64,{image}">')
     rows = "".join(
         f"<tr{' class=slower' if c.slower else ''}><td>{html.escape(c.name)}</td>"
@@ -274,35 +321,64 @@ def page(results: dict[str, Any], changes: Sequence[Change], against: str) -> st
         for c in changes
     )
     machine = results["manifest"]
-    told = f"commit {machine['commit']}, {machine['hardware']['cpu']}, {machine['started']}"
+    hardware = machine["hardware"]
+    told = (
+        f"commit {(machine['commit'] or 'unknown')[:12]}{'+' if machine['dirty'] else ''}, "
+        f"{hardware['cores']} × {hardware['cpu']}, {machine['started']}"
+    )
     return (
         "<!doctype html><meta charset=utf-8><title>egjax: cost against size</title>"
         "<style>body{font:15px sans-serif;max-width:1200px;margin:2em auto}img{max-width:100%}"
-        "td,th{padding:.2em .8em;text-align:left}.slower{background:#fdd}</style>"
+        "td,th{padding:.2em .8em;text-align:left;font-variant-numeric:tabular-nums}"
+        ".slower{background:#fdd}</style>"
         f"<h1>Cost against size</h1><p>{html.escape(told)}</p>{''.join(parts)}"
         f"<h2>Against {html.escape(against)}</h2><table><tr><th>figure</th><th>before</th>"
         f"<th>now</th><th>worse by</th></tr>{rows}</table>"
     )
 
 
-def main(config: Config) -> None:
+def _earlier(out: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs of an earlier call that go with those of this one: same commit, same machine."""
+    try:
+        found = json.loads(out.read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    alike = all(found["manifest"][key] == here[key] for key in ("commit", "python", "versions"))
+    clean = here["commit"] and not (here["dirty"] or found["manifest"]["dirty"])
+    return (
+        found["runs"] if clean and alike and _machine(found) == _machine({"manifest": here}) else []
+    )
+
+
+def main(config: Config) -> int:
     unknown = [name for name in config.only if name not in scripts()]
     if unknown:
         raise EgjaxError(f"no benchmark {unknown[0]!r}", remedy=f"there are {', '.join(scripts())}")
     before = config.against or newest()
     old = None if before is None else json.loads(before.read_text())
-    plan, runs = list(_plan(config)), []
+    # As JSON holds it.
+    here = json.loads(json.dumps(dataclasses.asdict(describe(seeds=()))))
+    plan, failed = list(_plan(config)), []
+    runs = {(run["script"], run["size"]): run for run in _earlier(config.out / "bench.json", here)}
+    made = set()
+    text = ""
     with progress("benchmarks", len(plan)) as update:
-        for one in plan:
-            runs.append(_run(*one))
-            update(len(runs), f"{one[0]} {one[1]}")
-    results = {"manifest": dataclasses.asdict(describe(seeds=())), "runs": runs}
+        for done, (script, size, number, arguments) in enumerate(plan, start=1):
+            try:
+                runs[script, size] = _run(script, size, number, arguments)
+                made.add((script, size))
+            except EgjaxError as error:
+                failed.append(f"{error}")
+                note(f"failed: {error}")
+            results = {"manifest": here, "runs": [runs[key] for key in sorted(runs, key=_place)]}
+            text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(config.out / "bench.json", text)
+            update(done, f"{script} {size}")
+    results = json.loads(text) if text else {"manifest": here, "runs": []}
     changes = [] if old is None else compare(old, results, config.tolerance)
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(config.out / "bench.json", text)
     named = "nothing: no results are committed" if before is None else before.name
     write_atomic(config.out / "bench.html", page(results, changes, named))
-    if config.keep:
+    if config.keep and not failed:
         write_atomic(_COMMITTED / f"{config.keep}.json", text)
     slower = [change for change in changes if change.slower]
     for change in slower:
@@ -310,14 +386,23 @@ def main(config: Config) -> None:
             f"slower: {change.name}: {change.before:.4g} → {change.now:.4g} {change.unit} "
             f"({100 * change.worse:+.1f} %)"
         )
+    for line in failed:
+        note(f"failed: {line}")
     note(f"compared with {named}; page: {config.out / 'bench.html'}")
     emit(
-        Figure("benchmarks", len(runs), "runs", n=len(runs)),
+        Figure("benchmarks", len(made), "runs", n=len(plan)),
+        Figure("benchmarks_failed", len(failed), "runs", n=len(plan)),
         Figure("figures_compared", len(changes), "figures", n=len(changes)),
         Figure("figures_slower", len(slower), "figures", n=len(changes)),
-        Figure("seconds", sum(run["seconds"] for run in runs), "s", n=len(runs)),
+        Figure("seconds", sum(runs[key]["seconds"] for key in made), "s", n=len(made)),
         json=config.json,
     )
+    return 1 if failed else 0
+
+
+def _place(key: tuple[str, str]) -> tuple[str, int]:
+    """Order of a run in the results: by script, then from small to large."""
+    return key[0], _SIZES.index(key[1])
 
 
 if __name__ == "__main__":

@@ -160,7 +160,12 @@ def _profile(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with jax.profiler.trace(str(folder), create_perfetto_trace=hosts.index() == 0):
+    options = jax.profiler.ProfileOptions()
+    # Calls of Python functions would fill the million events that such a file holds in seconds.
+    options.python_tracer_level = 0
+    with jax.profiler.trace(
+        str(folder), create_perfetto_trace=hosts.index() == 0, profiler_options=options
+    ):
         yield
     found = sorted(folder.rglob("perfetto_trace.json.gz"))
     note(f"profile: {found[-1] if found else folder} (https://ui.perfetto.dev, or xprof {folder})")

@@ -45,7 +45,7 @@ CASES: dict[str, capacity.Config] = {
         "decode", "405b", "v5p:2x2x2", model_parallel=8, int8=True, **_DECODE
     ),
     "sft-8b-v5e-16": _plan("sft", "8b", "v5e:4x4", batch=16, model_parallel=1),
-    "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4),
+    "dpo-8b-v5e-16": _plan("dpo", "8b", "v5e:4x4", batch=16, model_parallel=4, accumulate=4),
     "distill-8b-v5e-16": _plan("distill", "8b", "v5e:4x4", batch=16, model_parallel=4),
     "decode-8b-v5e-16": _plan("decode", "8b", "v5e:4x4", model_parallel=8, **_DECODE),
     "distill-1b-v5e-8": _plan("distill", "1b", "v5e:2x4", expert="1b", batch=8, model_parallel=1),
@@ -55,6 +55,27 @@ CASES: dict[str, capacity.Config] = {
     "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=2, **_DECODE),
 }
 """The committed plans, by name."""
+_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "70B distillation with 8B πᴱ and πᴺ, length 4,096, on 64 v5p chips": ("distill-70b-v5p-64",),
+    "the same on 256 v5e chips": ("distill-70b-v5e-256",),
+    "405B π̄ decoding with 8B experts on 64 chips of v5p or v6e": (
+        "decode-405b-v5p-64",
+        "decode-405b-v6e-64",
+    ),
+    "the same in int8 on fewer": ("decode-405b-int8-v6e-32", "decode-405b-int8-v5p-8"),
+    "8B SFT, DPO, distillation and decoding on 16 v5e chips": (
+        "sft-8b-v5e-16",
+        "dpo-8b-v5e-16",
+        "distill-8b-v5e-16",
+        "decode-8b-v5e-16",
+    ),
+    "a single host of 8 v5e chips: 1B distillation, 8B SFT in bfloat16, 8B decoding": (
+        "distill-1b-v5e-8",
+        "sft-8b-bf16-v5e-8",
+        "decode-8b-v5e-8",
+    ),
+}
+"""What one wants to know of a pod, and the plans that tell."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,8 @@ class Config:
 
     plan: str | None = None
     """Name of a case to compile; its plan is kept in `results`."""
+    hlo: Path | None = None
+    """File for the text of its compiled program."""
     list: bool = False
     """Print the names of the cases."""
     results: Path = Path("experiments/results/capacity")
@@ -119,6 +142,8 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
     every = {name: plans.get(name) or _by_formula(name) for name in CASES}
     parts = [
         _INTRODUCTION.format(count=len(plans), all=len(CASES)),
+        _answers(every),
+        _HEADING,
         _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in every.items()]),
         _reading(every),
         "## The paper's full setting, in hours and dollars",
@@ -139,16 +164,20 @@ compiled function is the one that training and decoding call (`egjax.train.layou
 
 Written by `python -m experiments.pod`; plan your own with `python -m experiments.capacity --help`.
 
-## Does it fit?
+## In short"""
+
+_HEADING = """## Does it fit?
 
 GiB a chip; *time* of a step from "everything overlaps, products at their peak" to "nothing \
 overlaps, products at a share of it"; MFU counts neither recomputation nor what the causal mask \
-discards. A step of decoding reads a batch of prompts and decodes all new tokens."""
+discards. A step of decoding reads a batch of prompts and decodes all new tokens. *Compiled in*: \
+seconds by the clock of a machine of two hyperthreads that other jobs shared, and at times stopped \
+this one on; in brackets seconds of CPU, which is what it takes on a machine of its own."""
 
 _PLAN_HEAD = (
     "plan", "mesh data × model", "rows × tokens", "weights", "optimizer", "caches",
     "temporaries", "total of limit", "fits", "step, s", "MFU, %", "sent a chip, GB",
-    "compiled in (CPU), host memory",
+    "compiled in (CPU), host memory; commit",
 )  # fmt: skip
 
 
@@ -162,7 +191,7 @@ def _plan_row(name: str, record: dict) -> Sequence[str]:
     if plan["method"] == "compiled":
         compiled = (
             f"{plan['compile_s']:.0f} s ({plan['compile_cpu_s']:.0f} s), "
-            f"{plan['host_memory'] / _GIB:.1f} GiB"
+            f"{plan['host_memory'] / _GIB:.1f} GiB; {record['made']['commit'][:7]}"
         )
     time = f"{plan['best_s']:.2g}–{plan['expected_s']:.2g}"
     return (
@@ -180,6 +209,30 @@ def _plan_row(name: str, record: dict) -> Sequence[str]:
     )
 
 
+def _answers(plans: Mapping[str, dict]) -> str:
+    lines = []
+    for question, names in _QUESTIONS.items():
+        told = []
+        for name in names:
+            plan = plans[name]["plan"]
+            free = (plan["limit"] - plan["total"]) / _GIB
+            verdict = f"fits, {free:.1f} GiB free" if free >= 0 else f"**{-free:.1f} GiB too much**"
+            told.append(f"{name} {verdict} ({_method(plan)})")
+        lines.append(f"- {question}: {'; '.join(told)}.")
+    made = [record["plan"] for record in plans.values() if record["plan"]["compile_cpu_s"]]
+    if made:
+        seconds = max(plan["compile_cpu_s"] for plan in made)
+        memory = max(plan["host_memory"] for plan in made) / _GIB
+        lines.append(
+            f"- To compile one took at most {seconds:.0f} s of CPU and {memory:.1f} GiB of memory."
+        )
+    return "\n".join(lines)
+
+
+def _method(plan: Mapping[str, Any]) -> str:
+    return "compiled" if plan["method"] == "compiled" else "by formula"
+
+
 def _reading(plans: Mapping[str, dict]) -> str:
     lines = ["What the planner advises:", ""]
     for name, record in plans.items():
@@ -187,15 +240,18 @@ def _reading(plans: Mapping[str, dict]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-_COST_HEAD = ("stage", "plan", "amount", "steps", "hours (best–expected)", "USD (best–expected)")
+_COST_HEAD = (
+    "stage", "plan", "memory and links", "amount", "steps", "hours (best–expected)",
+    "USD (best–expected)",
+)  # fmt: skip
 
 
 def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]:
     core_hours = a.tasks * a.simulations * a.core_seconds / 3600
     dollars = core_hours * a.core_dollars
     rows: list[Sequence[str]] = [
-        ("collection", f"{a.tasks:,} tasks on CPU cores", f"{a.simulations:,} simulations each",
-         "", f"{core_hours:.0f} core-hours", f"{dollars:.2f}")
+        ("collection", "CPU cores", "rate measured", f"{a.tasks:,} tasks × {a.simulations:,} "
+         "simulations", "", f"{core_hours:.0f} core-hours", f"{dollars:.2f}")
     ]  # fmt: skip
     tokens = a.tasks * a.samples * a.sample_tokens * a.epochs
     pair_tokens = a.tasks * a.pairs * 2 * a.pair_tokens
@@ -215,12 +271,13 @@ def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]
         price = a.prices[plan["topology"].split(":")[0]]
         cost = [h * plan["chips"] * price for h in hours]
         total = [x + y for x, y in zip(total, cost)]
-        shown = name if name in plans else f"{name}, formula"
+        reading = unit.endswith("read only")
+        known = "by formula" if reading or name not in plans else _method(plan)
         rows.append(
-            (stage, shown, f"{amount:,} {unit}", f"{steps:,}", f"{hours[0]:.2f}–{hours[1]:.2f}",
-             f"{cost[0]:,.0f}–{cost[1]:,.0f}")
+            (stage, name, known, f"{amount:,} {unit}", f"{steps:,}",
+             f"{hours[0]:.2f}–{hours[1]:.2f}", f"{cost[0]:,.0f}–{cost[1]:,.0f}")
         )  # fmt: skip
-    rows.append(("**all**", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))
+    rows.append(("**all**", "", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))
     return rows
 
 
@@ -289,7 +346,7 @@ def main(config: Config) -> int:
                 f"no case {config.plan!r}", where="--plan", remedy=f"one of {', '.join(CASES)}"
             )
         out = config.results / f"{config.plan}.json"
-        capacity.main(replace(CASES[config.plan], out=out))
+        capacity.main(replace(CASES[config.plan], out=out, hlo=config.hlo))
         return 0
     found = {name: config.results / f"{name}.json" for name in CASES}
     plans = {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items() if p.exists()}

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,13 +91,16 @@ def devices_of(topology: Topology) -> list[Any]:
     return devices
 
 
-def compile_for(case: Case, topology: Topology, data: int, model: int) -> Compiled:
+def compile_for(
+    case: Case, topology: Topology, data: int, model: int, hlo: Path | None = None
+) -> Compiled:
     """Compiles a stage for a topology.
 
     Args:
         case: see there.
         topology: of TPUs.
         data, model: chips along the axes of the mesh.
+        hlo: file for the text of the compiled program.
 
     Raises:
         EgjaxError: see `devices_of` and `egjax.capacity.stages.program`.
@@ -113,14 +117,17 @@ def compile_for(case: Case, topology: Topology, data: int, model: int) -> Compil
     except jax.errors.JaxRuntimeError as error:
         return _refused(str(error), *_since(begin))
     seconds, cpu_seconds = _since(begin)
-    memory = done.memory_analysis()
+    memory, text = done.memory_analysis(), done.as_text() or ""
+    if hlo is not None:
+        hlo.parent.mkdir(parents=True, exist_ok=True)
+        hlo.write_text(text, encoding="utf-8")
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         refused=None,
-        collectives=collectives(done.as_text() or "", topology.chips),
+        collectives=collectives(text, topology.chips),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         host_memory=_host_memory(),

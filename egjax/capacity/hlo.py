@@ -138,7 +138,7 @@ def _called(instruction: _Instruction) -> Iterator[str]:
 def _trips(
     computations: dict[str, list[_Instruction]], around: list[_Instruction], loop: _Instruction
 ) -> int:
-    """Rounds of a loop that counts up to a constant by one; 1 where it cannot be told."""
+    """Rounds of a loop that counts up to a constant; 1 where it cannot be told."""
     known = re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.rest)
     if known:
         return int(known.group(1))
@@ -151,7 +151,8 @@ def _trips(
     counter, bound = (by_name.get(n) for n in re.findall(r"%[\w.-]+", root.rest)[:2])
     if counter is None or bound is None or bound.opcode != "constant":
         return 1
-    return max(1, _value(bound) - _first(around, loop, counter))
+    way = _value(bound) - _first(around, loop, counter)
+    return max(1, -(-way // _stride(computations, loop, counter)))
 
 
 def _first(around: list[_Instruction], loop: _Instruction, counter: _Instruction) -> int:
@@ -165,6 +166,30 @@ def _first(around: list[_Instruction], loop: _Instruction, counter: _Instruction
     operands = re.findall(r"%[\w.-]+", start.rest.split(")")[0])
     value = by_name.get(operands[int(index.group(1))]) if operands else None
     return _value(value) if value is not None and value.opcode == "constant" else 0
+
+
+def _stride(
+    computations: dict[str, list[_Instruction]], loop: _Instruction, counter: _Instruction
+) -> int:
+    """What a round adds to the counter: 2 where the compiler does two rounds in one; 1 where it
+    cannot be told."""
+    index = re.search(r"index=(\d+)", counter.rest)
+    called = re.search(r"body=(%[\w.-]+)", loop.rest)
+    body = computations.get(called.group(1), []) if called else []
+    if index is None or not body or body[-1].opcode != "tuple":
+        return 1
+    by_name = {i.name: i for i in body}
+    operands = re.findall(r"%[\w.-]+", body[-1].rest.split(")")[0])
+    name, added = operands[int(index.group(1))], 0
+    while (one := by_name.get(name)) is not None and one.opcode in ("add", "copy", "bitcast"):
+        parts = [by_name.get(n) for n in re.findall(r"%[\w.-]+", one.rest.split(")")[0])]
+        constants = [x for x in parts if x is not None and x.opcode == "constant"]
+        others = [x for x in parts if x is not None and x.opcode != "constant"]
+        if len(others) != 1 or len(constants) != (one.opcode == "add"):
+            return 1
+        added += sum(_value(x) for x in constants)
+        name = others[0].name
+    return max(1, added)
 
 
 def _value(constant: _Instruction) -> int:

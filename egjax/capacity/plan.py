@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from egjax.capacity.chips import Topology
@@ -113,13 +114,15 @@ def formula_plan(case: Case, topology: Topology, data: int, model: int) -> Plan:
     return _plan(case, topology, data, model, kinds, None)
 
 
-def compiled_plan(case: Case, topology: Topology, data: int, model: int) -> Plan:
-    """A plan by the TPU compiler.
+def compiled_plan(
+    case: Case, topology: Topology, data: int, model: int, hlo: Path | None = None
+) -> Plan:
+    """A plan by the TPU compiler; arguments as of `egjax.capacity.compiled.compile_for`.
 
     Raises:
         EgjaxError: see `egjax.capacity.compiled.compile_for`.
     """
-    done = compile_for(case, topology, data, model)
+    done = compile_for(case, topology, data, model, hlo)
     chips = data * model
     kinds = {kind: size / chips for kind, size in state_bytes(case).items()}
     state = sum(kinds.values())
@@ -210,16 +213,21 @@ def _changes(
                     yield " + ".join(filter(None, words)), changed, way
 
 
+def _temporaries(kinds: dict[str, float]) -> float:
+    return sum(size for kind, size in kinds.items() if kind not in ("weights", "optimizer"))
+
+
 def _advice(
     case: Case, topology: Topology, mesh: tuple[int, int], kinds: dict[str, float], bound: str
 ) -> Iterator[str]:
     limit, total = topology.chip.memory, sum(kinds.values())
-    known = sum(memory(case, *mesh).values())
+    # What the formula is out by at hand, it is taken to be out by elsewhere.
+    share = max(1.0, _temporaries(kinds) / _temporaries(memory(case, *mesh)))
     if total > limit:
         found = []
         for text, changed, way in _changes(case, topology, mesh):
-            # The formula says what a change saves, the plan at hand where it starts.
-            after = max(total - known, 0.0) + sum(memory(changed, *way).values())
+            new = memory(changed, *way)
+            after = sum(new.values()) + (share - 1) * _temporaries(new)
             if after <= limit:
                 found.append(f"{text}: {after / _GIB:.1f} GiB by formula")
         yield from found[:3]

@@ -204,10 +204,11 @@ def trunk(
         if store is not None:
             store, key, value = write(store, index, key, value)
         query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
-        mixed = checkpoint_name(attend(query, key, value), "attention")
+        mixed = constrain(attend(query, key, value), "batch", "heads", None, None)
+        mixed = checkpoint_name(mixed, "attention")
         x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
         normed = constrain(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps), *inputs)
-        x = constrain(x + _mlp(weights, normed), *stream)
+        x = constrain(x + _mlp(weights, normed, inputs[0]), *stream)
         return (x, store), x if return_hidden else None
 
     first = constrain(params["embedding"][tokens], *stream)
@@ -345,8 +346,13 @@ def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array
     )
 
 
-def _mlp(weights: Params, x: Array) -> Array:
-    """`down(silu(gate(x)) · up(x))`, [B, T, D]."""
+def _mlp(weights: Params, x: Array, rows: str | None) -> Array:
+    """`down(silu(gate(x)) · up(x))`, [B, T, D].
+
+    Pinned between its matrices: in the backward pass the compiler would gather a whole matrix
+    rather than the stream. `rows` is the logical axis of B.
+    """
     gate = checkpoint_name(_linear(weights, "gate", "btd,dm->btm", x), "projection")
     up = checkpoint_name(_linear(weights, "up", "btd,dm->btm", x), "projection")
-    return _linear(weights, "down", "btm,md->btd", jax.nn.silu(gate) * up)
+    inner = constrain(jax.nn.silu(gate) * up, rows, None, "mlp")
+    return _linear(weights, "down", "btm,md->btd", inner)

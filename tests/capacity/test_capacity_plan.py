@@ -7,7 +7,7 @@ import pytest
 
 from egjax.capacity import formula
 from egjax.capacity.chips import CHIPS, parse
-from egjax.capacity.plan import formula_plan, meshes
+from egjax.capacity.plan import _advice, formula_plan, meshes
 from egjax.capacity.presets import PRESETS, preset
 from egjax.capacity.stages import STAGES, Case, program, training_step
 from egjax.errors import EgjaxError
@@ -117,6 +117,20 @@ def test_advice_fits_by_its_own_formula():
     assert any("remat" in line for line in plan.advice)
     lean = replace(wasteful, layout=Layout(master="float32", remat=True, chunked=True))
     assert formula_plan(lean, topology, 64, 1).total < plan.total
+
+
+def test_advice_holds_the_formula_to_what_the_compiler_wanted():
+    # Seen: DPO of 8B, whose temporaries were 12.24 GiB where the formula had 7.76.
+    dpo, topology = case("dpo", batch=16), parse("v5e:4x4")
+    kinds = formula.memory(dpo, 4, 4)
+    state = kinds["weights"] + kinds["optimizer"]
+    wanted = {"weights": state, "activations": 12.24 * GIB}
+    first = next(_advice(dpo, topology, (4, 4), wanted, "flops"))
+    assert first.startswith("2 micro-batches + mesh data=2, model=8: ")
+    after = formula.memory(replace(dpo, layout=replace(dpo.layout, accumulate=2)), 2, 8)
+    share = 12.24 * GIB / (sum(kinds.values()) - state)
+    expected = state + share * (sum(after.values()) - state)
+    assert float(first.split(": ")[1].split()[0]) == pytest.approx(expected / GIB, abs=0.06)
 
 
 def test_meshes_split_heads_mlp_and_batch():

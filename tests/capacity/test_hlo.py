@@ -72,6 +72,22 @@ def test_loops_run_from_their_start_to_their_bound():
     assert loops(told)["%loop.2"] == 3
 
 
+def test_a_loop_whose_rounds_are_taken_two_at_a_time_runs_half_as_often():
+    counted = TEXT.replace(
+        "  ROOT %next = (u32[], f32[16]) tuple(%x, %done)",
+        """  %k = u32[]{:T(128)} get-tuple-element(%c.1), index=0
+  %step = u32[]{:T(128)} constant(2)
+  %later = u32[]{:T(128)} add(%k, %step), metadata={op_name="while/body/add"}
+  %copied = u32[]{:T(128)} copy(%later)
+  ROOT %next = (u32[], f32[16]) tuple(%copied, %done)""",
+    )
+    assert loops(counted)["%loop.1"] == 3
+    thrice = counted.replace("%step = u32[]{:T(128)} constant(2)", "%step = u32[] constant(4)")
+    assert loops(thrice)["%loop.1"] == 2
+    sends = next(c for c in collectives(counted, 8) if c.operation == "collective-permute")
+    assert sends.times == 15
+
+
 def test_collectives_count_as_often_as_their_loops_and_once_a_channel():
     assert collectives(TEXT, 8) == [
         Collective("collective-permute", "f32[16]", 2, 30, 30 * 64),

@@ -63,7 +63,20 @@ def test_the_page_is_made_of_the_plans(tmp_path):
     assert "**0–0**" in pod.page(plans, cheap)
     assert "**0–0**" not in total
     fewer = dict(list(plans.items())[:1])
-    assert "dpo-70b-v5p-64, formula" in pod.page(fewer, pod.Assumptions())
+    rows = pod.page(fewer, pod.Assumptions()).splitlines()
+    assert any(row.startswith("| DPO | dpo-70b-v5p-64 | by formula |") for row in rows)
+
+
+def test_every_case_answers_a_question_and_says_how_it_is_known():
+    name, config = "decode-8b-v5e-8", pod.replace(pod.CASES["decode-8b-v5e-8"], compile="never")
+    record = json.loads(json.dumps(capacity.record(config, capacity.plan_of(config))))
+    record["plan"] |= {"method": "compiled", "total": 2 * record["plan"]["limit"], "fits": False}
+    record["plan"] |= {"compile_s": 90.0, "compile_cpu_s": 60.0, "host_memory": 2**30}
+    text = pod.page({name: record}, pod.Assumptions())
+    assert set(sum(pod._QUESTIONS.values(), ())) | {"dpo-70b-v5p-64"} == set(pod.CASES)
+    assert f"{name} **15.8 GiB too much** (compiled)" in text
+    assert "at most 60 s of CPU and 1.0 GiB" in text
+    assert text.count("(by formula)") == len(pod.CASES) - 2
 
 
 def test_committed_plans_are_the_cases(monkeypatch):
@@ -72,7 +85,7 @@ def test_committed_plans_are_the_cases(monkeypatch):
         record = json.loads(path.read_text())
         config = pod.CASES[path.stem]
         assert record["config"] == {
-            k: v for k, v in vars(config).items() if k not in ("out", "json")
+            k: v for k, v in vars(config).items() if k not in ("out", "hlo", "json")
         }
         assert record["plan"]["method"] == "compiled"
         assert record["plan"]["compile_cpu_s"] < 600
