@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -37,6 +36,7 @@ from egjax.evals.manifest import describe, write_atomic
 from egjax.train.signals import StopFlag
 
 __all__ = [
+    "PARTS",
     "BusyError",
     "Done",
     "Stage",
@@ -58,6 +58,8 @@ T = TypeVar("T")
 
 _MARKER = ".egjax-run"  # at the top of every run directory: proof of ownership, and the lock
 _RECORD = ".stage.json"  # in a stage's directory: its inputs, time, and outputs once finished
+PARTS = "parts"
+"""Folder in a stage's directory for what is needed until the stage is finished, see `divided`."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -562,7 +564,8 @@ class Stage:
         vanished or changed their size since also mean that the stage is done again.
 
         Args:
-            work: writes the outputs into the directory it is given.
+            work: writes the outputs into the directory it is given; what it leaves in the folder
+                `PARTS` there is deleted at the end.
         """
         name = self.fingerprint
         alone = self.by == "self"
@@ -582,6 +585,7 @@ class Stage:
             with contextlib.suppress(OSError, EgjaxError):  # a full disk: the first error counts
                 self._mark(record)
         if alone or _writer():
+            _delete(self.unfinished / PARTS)
             finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self._mark({**record, "finished": finished, "outputs": _sizes(self.unfinished)})
             self._publish()
@@ -650,8 +654,8 @@ def divided(
     """Does units of work, each once and by one process; a restart does those that are missing.
 
     Args:
-        folder: keeps the result of each unit until all are there, seen by all processes. None:
-            this process does all of them and keeps nothing.
+        folder: keeps the result of each unit, seen by all processes; below `PARTS` of a stage's
+            directory, so until that is finished. None: this process does all, and keeps nothing.
         units: what gives a unit's result, by a name that can be a file's. All processes have the
             same ones, in the same order.
         at: names the place where processes meet, for errors.
@@ -676,22 +680,25 @@ def divided(
         return result
 
     results: dict[str, T] = {}
+
+    def take(name: str, result: T) -> None:
+        results[name] = result
+        done(result)
+
+    # Without threads a signal does not have to wait for the end of a unit.
+    alone = mine if workers == 1 else mine[:1]
+    for name in alone:
+        take(name, work(name))
     with ThreadPoolExecutor(workers) as pool:
-        for name, result in zip(
-            mine, itertools.chain(map(work, mine[:1]), pool.map(work, mine[1:])), strict=True
-        ):
-            results[name] = result
-            done(result)
+        rest = mine[len(alone) :]
+        for name, result in zip(rest, pool.map(work, rest), strict=True):
+            take(name, result)
     if folder is None:
         return list(results.values())
     hosts.barrier(f"the end of {at}")
-    found = [
+    return [
         load(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in units
     ]
-    hosts.barrier(f"the results of {at}")
-    if _writer() and folder.exists():
-        _delete(folder)
-    return found
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from egjax.lm.params import init
 from egjax.train.data import Sample, Shuffled, pack
 from egjax.train.objectives import next_token
 from experiments import training
-from experiments.common import Stage, divided, open_run, run_main
+from experiments.common import PARTS, Stage, divided, open_run, run_main
 from experiments.models import Model, apply_of
 
 
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
             return number**2
 
         works = {str(i): functools.partial(unit, i) for i in range(config.units)}
-        print(divided(out / "parts", works, at="units"))
+        print(divided(out / PARTS, works, at="units"))
 
     with open_run(config.run):
         if config.units:
