@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.files import written_here
 from egjax.lm import peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig, merge
@@ -170,7 +171,8 @@ def train(
         signal.raise_signal(signal.SIGTERM)
     trained = result.state.params
     if lora is not None:
-        peft.save(out / ADAPTER, model.config, lora, trained)
+        with written_here(out / ADAPTER) as folder:
+            peft.save(folder, model.config, lora, trained)
         trained = merge(base, trained, lora)
     trained = cast(trained, model.config.dtype)
     write(out / MODEL, model._replace(params=trained))

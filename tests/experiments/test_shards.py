@@ -9,30 +9,36 @@ from pathlib import Path
 import pytest
 
 from egjax.errors import EgjaxError
+from egjax.evals.manifest import write_atomic
 from egjax.evals.results import SearchedTask
 from egjax.experience.records import PreferencePair, Trajectory, to_flat
 from egjax.experience.tfds import read
 from egjax.sim.text import Line
-from experiments import collect
+from experiments import collect, lease
 from experiments.common import BusyError, Stage, finished, open_run
 from experiments.shards import Shards, parse_part
 
 TASKS = [f"file{i}_1" for i in range(7)]
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(params=["here", "in a bucket"])
+def run(tmp_path, request, monkeypatch):
     """A run with seven training tasks and one that is held out."""
     rows = [{"name": name, "title": "Work", "split": "train"} for name in TASKS]
     rows.insert(3, {"name": "file99_1", "title": "Relax", "split": "seen"})
     record = {"goals": "core", "tasks": rows, "unseen": ["Sleep"]}
 
     def write(out: Path) -> None:
-        (out / "tasks.json").write_text(json.dumps(record))
+        write_atomic(out / "tasks.json", json.dumps(record))
 
-    with open_run(tmp_path / "run") as folder:
+    folder = tmp_path / "run"
+    if request.param != "here":
+        folder = request.getfixturevalue("bucket") / "run"
+        for name, seconds in (("BEAT", 0.1), ("PATIENCE", 0.5), ("SETTLE", 0.0)):
+            monkeypatch.setattr(lease, name, seconds)
+    with open_run(folder):
         Stage(folder, "tasks", {}).run(write)
-    return tmp_path / "run"
+    return folder
 
 
 @pytest.fixture
