@@ -1,7 +1,8 @@
 """Random kills of a job of several processes lose nothing beyond the interval, double no data.
 
 `EGJAX_KILLS=30 python -m pytest -m slow -s tests/test_kills.py` (4, if it is not set) prints a line
-a kill and what was lost at most.
+a kill and what was lost at most. With a folder in `EGJAX_KILLS_AT` and `EGJAX_KILLS_SECONDS` it
+leaves off after so long, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,54 +74,68 @@ def grown(run: Path, sitting: int) -> None:
     assert codes(start(run, sitting), 1200) == [0] * COUNT, said(run)[-3000:]
 
 
+def strike(run: Path, kill: int) -> dict[str, Any]:
+    """Lets the job go on for a random while, sends a random signal to a random process."""
+    rng = random.Random(kill)
+    processes = start(run, kill)
+    goal = saved(run) + shards(run) + rng.randint(1, 6)
+    for _ in range(round(900 / LOOK)):
+        if progress(run) >= goal or any(p.poll() is not None for p in processes):
+            break
+        time.sleep(LOOK)
+    time.sleep(rng.random())
+    number, victim = rng.choice([signal.SIGKILL, signal.SIGTERM]), rng.randrange(COUNT)
+    early = [p.poll() for p in processes]
+    processes[victim].send_signal(number)
+    begun, left = time.monotonic(), codes(processes, 120)
+    return {
+        "signal": number.name,
+        "victim": victim,
+        "early": early,
+        "codes": left,
+        "seconds": round(time.monotonic() - begun, 1),
+        "shards": shards(run),
+        "begun": len(list(run.glob("collect_shards/*.unfinished"))),
+        "step": (logged(run)[-1:] or [0])[0],
+        "kept": STEPS if finished(run) else saved(run),
+    }
+
+
 @pytest.mark.slow
 def test_random_kills_lose_little_and_double_nothing(tmp_path):
-    rng = random.Random(0)
-    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
-    grown(undisturbed, 0)
-    lost, redone, waits = [0], [0], [0.0]
-    for kill in range(KILLS):
-        processes = start(run, kill)
-        goal = max(progress(run), saved(run) + shards(run)) + rng.randint(1, 6)
-        if finished(run):
-            goal = 0  # nothing is left to be done: no more to be lost either
-        for _ in range(round(900 / LOOK)):
-            if progress(run) >= goal or any(p.poll() is not None for p in processes):
-                break
-            time.sleep(LOOK)
-        time.sleep(rng.random())
-        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-        victim = rng.randrange(COUNT)
-        processes[victim].send_signal(number)
-        begun, left = time.monotonic(), codes(processes, 120)
-        waits.append(time.monotonic() - begun)
-        seen, kept = (logged(run)[-1:] or [0])[0], STEPS if finished(run) else saved(run)
-        lost.append(max(seen - kept, 0))
-        begun_shards = len(list(run.glob("collect_shards/*.unfinished")))
-        redone.append(begun_shards)
-        print(
-            f"kill {kill + 1}: {number.name} to process {victim}, exit codes {left}, "
-            f"all gone after {waits[-1]:.1f} s; {shards(run)} shards whole, {begun_shards} begun; "
-            f"step {seen}, saved {kept}",
-            flush=True,
-        )
-        if number == signal.SIGTERM:
-            assert left == [143] * COUNT, said(run)[-3000:]
-            assert lost[-1] == 0
+    folder = Path(os.environ.get("EGJAX_KILLS_AT") or tmp_path)
+    undisturbed, run, record = folder / "undisturbed", folder / "run", folder / "kills.jsonl"
+    if not finished(undisturbed):
+        grown(undisturbed, 0)
+    kills = [json.loads(x) for x in record.read_text().splitlines()] if record.exists() else []
+    ends = time.monotonic() + float(os.environ.get("EGJAX_KILLS_SECONDS") or "inf")
+    while len(kills) < KILLS and not finished(run):
+        if time.monotonic() > ends:
+            pytest.skip(f"{len(kills)} kills so far; the same command goes on")
+        kills.append(strike(run, len(kills)))
+        with record.open("a") as file:
+            file.write(json.dumps(kills[-1]) + "\n")
+        print(kills[-1], flush=True)
+    for one in kills:
+        if one["early"] != [None] * COUNT:
+            continue  # it had ended by itself
+        if one["signal"] == "SIGTERM":
+            assert one["codes"] == [143] * COUNT, said(run)[-3000:]
+            assert one["kept"] == one["step"]
         else:
             expected = [hosts.LOST] * COUNT
-            expected[victim] = -signal.SIGKILL
-            assert left == expected, said(run)[-3000:]
+            expected[one["victim"]] = -signal.SIGKILL
+            assert one["codes"] == expected, said(run)[-3000:]
         # The save of the last interval may have been on its way to the disk.
-        assert lost[-1] < 2 * EVERY
-        assert begun_shards <= COUNT
-    grown(run, KILLS)
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert one["step"] - one["kept"] < 2 * EVERY
+        assert one["begun"] <= COUNT
+    grown(run, 99)
     doubled = same(run, undisturbed)
     print(
-        f"{KILLS} kills: {max(lost)} steps lost at most (saved every {EVERY}), "
-        f"{max(redone)} shards begun anew at most, {doubled} records doubled, "
-        f"{max(waits):.0f} s until all were gone at most, {cpu.ru_utime + cpu.ru_stime:.0f} CPU-s"
+        f"{len(kills)} kills ({sum(k['signal'] == 'SIGKILL' for k in kills)} SIGKILL): "
+        f"{max(k['step'] - k['kept'] for k in kills)} steps lost at most (saved every {EVERY}), "
+        f"{max(k['begun'] for k in kills)} shards begun anew at most, {doubled} records doubled, "
+        f"all processes gone after {max(k['seconds'] for k in kills):.0f} s at most"
     )
 
 
