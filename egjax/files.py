@@ -23,6 +23,7 @@ __all__ = [
     "absolute",
     "append",
     "as_path",
+    "check_reach",
     "delete",
     "here",
     "is_remote",
@@ -98,6 +99,25 @@ def here(place: str | os.PathLike[str], what: str) -> Path:
             remedy="copy it with gcloud storage cp, or mount the bucket",
         )
     return Path(place)
+
+
+def check_reach(place: Path) -> None:
+    """Asks a bucket whether it answers; local places are not looked at.
+
+    Raises:
+        EgjaxError: it does not: no such bucket, no rights, no network.
+    """
+    if not is_remote(place):
+        return
+    try:
+        place.exists()
+    except Exception as error:  # its client and its credentials raise all sorts
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EgjaxError(
+            f"cannot be reached: {line}",
+            where=str(place),
+            remedy="gcloud auth application-default login; does the bucket exist?",
+        ) from error
 
 
 def make_folder(place: Path) -> None:

@@ -32,7 +32,7 @@ from egjax import hosts
 from egjax.errors import EgjaxError, require
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
-from egjax.files import as_path, delete, here, is_remote, make_folder, move, sizes
+from egjax.files import as_path, check_reach, delete, here, is_remote, make_folder, move, sizes
 from egjax.train.signals import StopFlag
 from experiments.lease import BusyError, leased
 
@@ -475,6 +475,7 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
             )
         yield run_dir
         return
+    check_reach(run_dir)
     marker = run_dir / _MARKER
     if run_dir.exists() and not run_dir.is_dir():
         raise EgjaxError("not a directory", where=str(run_dir), remedy="name another --run")

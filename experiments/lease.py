@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from egjax.errors import EgjaxError
+from egjax.evals.manifest import write_atomic
 
 __all__ = ["BusyError", "leased"]
 
@@ -51,7 +52,7 @@ def leased(run_dir: Path, marker: str, part: str = "") -> Iterator[None]:
         every += [p for p in run_dir.iterdir() if p.name.startswith(f"{marker}-")]
     _refuse_if_alive(run_dir, list(dict.fromkeys([mine, *every])))
     holder = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}"
-    mine.write_text(_sign(holder, 0))
+    write_atomic(mine, _sign(holder, 0))
     time.sleep(SETTLE)
     if _holder(mine) != holder:
         raise _busy(run_dir, mine)

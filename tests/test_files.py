@@ -214,6 +214,22 @@ def test_a_missing_library_is_told_in_a_line(monkeypatch, capsys):
     assert "gs:// is out of reach" in capsys.readouterr().err
 
 
+def test_a_bucket_out_of_reach_is_told_in_a_line(bucket, monkeypatch):
+    def refuse(*path: object, mode: str = "", **options: object) -> None:
+        if mode == "rb":
+            raise FileNotFoundError
+        raise OSError("Forbidden\nAnonymous caller does not have storage.objects.get access")
+
+    system = type(files._system(bucket)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "_open", refuse)
+        with pytest.raises(EgjaxError, match=r"folder/\.egjax-run: cannot write the object: Forb"):
+            common.open_run(bucket).__enter__()
+    monkeypatch.setattr(system, "exists", refuse)
+    with pytest.raises(EgjaxError, match=r"gs://pail/folder: cannot be reached: Forbidden \(gcl"):
+        common.open_run(bucket).__enter__()
+
+
 def test_weights_are_told_apart_from_a_local_folder(bucket):
     """Orbax needs a real bucket; what is not there is told all the same."""
     from egjax.train.checkpoint import load_params
