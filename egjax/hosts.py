@@ -13,6 +13,7 @@ names by process separated by commas, so that a host that never answers can be n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -84,6 +85,7 @@ class _Job:
         self.leaving = threading.Event()
         self.agreed: Agreed | None = None
         self.lock = threading.Lock()
+        self.keep: Any = None
 
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts[index]})"
@@ -201,6 +203,8 @@ def start_hosts(
         ) from error
     _job = _Job(distributed.global_state.client, index, names)
     threading.Thread(target=_watch, args=(_job,), daemon=True, name="egjax-hosts").start()
+    if index > 0:
+        _explain_abort(_job, coordinator)
     seen = {"devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"}
     everyone = agree("devices", json.dumps(seen), gather=True, timeout_s=timeout_s)
     wrong = unlike([json.loads(one) for one in everyone], names)
@@ -496,7 +500,7 @@ class Agreed:
 
 def _watch(job: _Job) -> None:
     """In a thread: signs of life, a request to stop, and news of a process that is gone."""
-    beats: dict[str, tuple[str, int]] = {}
+    beats: dict[int, tuple[str, int]] = {}
     beat, failed, every = 0, 0.0, 4
     while not job.leaving.wait(_BEAT / every):  # a request to stop should not wait long
         try:
@@ -519,17 +523,18 @@ def _watch(job: _Job) -> None:
             _follow(job, *json.loads(news))
 
 
-def _listen(job: _Job, beats: dict[str, tuple[str, int]]) -> None:
+def _listen(job: _Job, beats: dict[int, tuple[str, int]]) -> None:
     """Process 0: tells everybody of a process whose signs of life have stopped.
 
     Looks are counted, not seconds: where the whole machine stood still nobody is gone.
     """
-    for who, value in job.folder("egjax/beat").items():
+    signs = job.folder("egjax/beat")
+    for who in range(len(job.hosts)):
+        value = signs.get(str(who), "")  # one that died before its first sign counts as well
         last, looks = beats.get(who, ("", 0))
         beats[who] = (value, looks + 1 if value == last else 0)
         if beats[who][1] * _BEAT > SILENCE:
-            line = f"{job.name(int(who))} gave no sign of life for {SILENCE:.0f} s"
-            _tell(job, int(who), LOST, line)
+            _tell(job, who, LOST, f"{job.name(who)} gave no sign of life for {SILENCE:.0f} s")
 
 
 def _tell(job: _Job, who: int, code: int, line: str) -> None:
@@ -547,6 +552,30 @@ def _follow(job: _Job, who: int, code: int, line: str) -> None:
     if job.index == 0:  # the others read the news here
         time.sleep(3 * _BEAT)
     os._exit(code if code > 128 else LOST)
+
+
+def _explain_abort(job: _Job, coordinator: str) -> None:
+    """JAX's client aborts the process as soon as process 0, whom it talks to, is gone. This says so
+    and leaves in the usual way; other aborts go on."""
+    libc = ctypes.CDLL(None)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(number: int) -> None:
+        libc.alarm(30)  # ends the process should Python be too broken for the rest
+        if _refuses(coordinator):
+            _follow(job, 0, LOST, f"{job.name(0)} is gone, which all others talk to")
+
+    libc.signal(signal.SIGABRT, aborted)
+    job.keep = aborted  # C holds no reference
+
+
+def _refuses(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError:
+        return True
+    return False
 
 
 def _say(line: str) -> None:

@@ -26,14 +26,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,6 +76,7 @@ from experiments.common import (
     Done,
     Stage,
     atomic_path,
+    divided,
     emit,
     finished,
     note,
@@ -245,31 +244,73 @@ def find_plans(
 ) -> list[Found]:
     """Searches all tasks in batches; every plan is replayed by the judge before it counts.
 
-    With a folder the processes of a job divide the batches, and what was searched before a stop is
-    kept there, see `experiments.common.divided`.
+    With a folder (not together with labels) the processes of a job divide the batches, then what
+    they leave unsolved, and what was searched before a stop is kept there, see
+    `experiments.common.divided`. What is found does not depend on the number of processes.
     """
     world = shared_world(config.rewards)
     starts = range(0, len(problem.tasks), config.batch)
-    found: list[Found] = []
     # A batch keeps one core busy, so several run side by side; each has a key of its own, and the
     # first one alone compiles.
-    with progress("search", len(problem.tasks)) as update, ThreadPoolExecutor(_cores()) as pool:
+    share: dict[str, Any] = {"workers": _cores(), "dump": _dumped, "load": _loaded}
+    with progress("search", len(problem.tasks)) as update:
         live = Live(update)
         work = functools.partial(_search_batch, problem, world, config, labels=labels, live=live)
-        for part in itertools.chain([work(0)], pool.map(work, starts[1:])):
+        found: list[Found] = []
+        for part in divided(
+            folder and folder / "trees",
+            {f"{start:05d}": functools.partial(work, start) for start in starts},
+            at="tree search",
+            done=live.tasks,
+            **share,
+        ):
             found += part
-            live.tasks(len(found), sum(f.report.solved for f in found))
-        rest = [row for row, one in enumerate(found) if not one.report.solved]
-        if config.second and rest:
-            again = functools.partial(_second_pass, problem, world, config)
-            for row, one in zip(rest, pool.map(again, rest, [found[r] for r in rest]), strict=True):
-                found[row] = one
+
+        def task_by_task(
+            name: str,
+            rows: Sequence[int],
+            one: Callable[[Problem, World, Config, int, Found], Found],
+        ) -> None:
+            def alone(row: int) -> list[Found]:
+                return [one(problem, world, config, row, found[row])]
+
+            units = {f"{row:05d}": functools.partial(alone, row) for row in rows}
+            better = divided(folder and folder / name, units, at=name, **share)
+            for row, (new,) in zip(rows, better, strict=True):
+                found[row] = new
+
+        if config.second:
+            task_by_task(
+                "second", [r for r, f in enumerate(found) if not f.report.solved], _second_pass
+            )
             if labels:
                 _label_second(problem, world, config, found)
         if config.shorten:
-            shorter = functools.partial(_shorten, problem, world, config)
-            found = list(pool.map(shorter, range(len(found)), found))
+            task_by_task("shorten", range(len(found)), _shorten)
     return found
+
+
+def _dumped(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """What `_loaded` reads; of what was searched without labels."""
+    return [asdict(one) for one in found]
+
+
+def _loaded(rows: Sequence[dict[str, Any]]) -> list[Found]:
+    def line(fields: dict[str, Any]) -> Line:
+        return Line(fields["verb"], tuple((name, i) for name, i in fields["arguments"]))
+
+    return [
+        Found(
+            **{
+                **row,
+                "report": SearchedTask(**row["report"]),
+                "plan": [line(step) for step in row["plan"]],
+                "actions": tuple(row["actions"]),
+                "explored": (),
+            }
+        )
+        for row in rows
+    ]
 
 
 class Live:
@@ -280,10 +321,11 @@ class Live:
         self._begun: float | None = None
         self._done = self._solved = self._count = 0
 
-    def tasks(self, done: int, solved: int) -> None:
-        """So many tasks are through."""
+    def tasks(self, found: Sequence[Found]) -> None:
+        """These tasks are through."""
         with self._lock:
-            self._done, self._solved = done, solved
+            self._done += len(found)
+            self._solved += sum(one.report.solved for one in found)
             self._show()
 
     def batch(self, trees: int) -> Callable[[int, np.ndarray], None]:

@@ -11,12 +11,10 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
 import tempfile
@@ -24,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
@@ -34,9 +32,12 @@ from egjax import hosts
 from egjax.errors import EgjaxError, require
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
+from egjax.files import as_path, check_reach, delete, here, is_remote, make_folder, move, sizes
 from egjax.train.signals import StopFlag
+from experiments.lease import BusyError, leased
 
 __all__ = [
+    "PARTS",
     "BusyError",
     "Done",
     "Stage",
@@ -58,6 +59,9 @@ T = TypeVar("T")
 
 _MARKER = ".egjax-run"  # at the top of every run directory: proof of ownership, and the lock
 _RECORD = ".stage.json"  # in a stage's directory: its inputs, time, and outputs once finished
+PARTS = "parts"
+"""Folder in a stage's directory for what is needed until the stage is finished, see `divided`."""
+_ANYWHERE = ("run", "out")  # options of places that may be in a bucket
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -108,6 +112,7 @@ def run_main(
         signal.signal(signum, _stop)
     try:
         options = tyro.cli(config, args=argv, description=help_text, prog=_command())
+        options = _places(options)
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
         with _profile(folder), _costs(os.environ.get("EGJAX_COSTS")):
@@ -154,12 +159,32 @@ def _profile_option(argv: list[str]) -> tuple[Path | None, list[str]]:
     return None, argv
 
 
+def _places(config: C, name: str = "") -> C:
+    """A config with paths that can be worked with: `--run` and `--out` may be in a bucket.
+
+    Raises:
+        EgjaxError: another place is in one, or cannot be reached.
+    """
+    new: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, option = getattr(config, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            new[field.name] = _places(value, f"{option}.")
+        elif isinstance(value, Path) and is_remote(value):
+            if option not in _ANYWHERE:
+                here(value, f"--{option.replace('_', '-')}")
+            new[field.name] = as_path(value)
+    changed = {key: value for key, value in new.items() if value is not getattr(config, key)}
+    return dataclasses.replace(config, **changed) if changed else config  # type: ignore[type-var]
+
+
 @contextlib.contextmanager
 def _profile(folder: Path | None) -> Iterator[None]:
     """Writes a trace of its block, also where the block is stopped; nothing without a folder."""
     if folder is None:
         yield
         return
+    here(folder, "--profile")
     options = jax.profiler.ProfileOptions()
     # Calls of Python functions would fill the million events that such a file holds in seconds.
     options.python_tracer_level = 0
@@ -359,6 +384,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     So a reader, or the next run, sees the old file or the whole new one. The suffix is kept,
     because some writers choose the format by it.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / path.name
+            yield part
+            write_atomic(path, part.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -393,7 +424,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted((_plain(item) for item in value), key=repr)
-    if isinstance(value, Path):
+    if isinstance(value, PurePath):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -425,10 +456,6 @@ def source_fingerprint() -> str:
     return file_fingerprint(Path(egjax.__file__).parent, pattern="*.py")
 
 
-class BusyError(EgjaxError):
-    """Another process is at work in a run directory."""
-
-
 @contextlib.contextmanager
 def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[Path]:
     """Opens a run directory for one process at a time, or for one a part.
@@ -445,7 +472,7 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
     """
     if hosts.index() > 0:  # process 0 opens it for all, on a file system that all of them see
         hosts.barrier(f"opening {run_dir}")
-        if not run_dir.is_dir():
+        if not (run_dir / _MARKER).exists():
             raise EgjaxError(
                 "process 0 has opened it, this one does not see it",
                 where=str(run_dir),
@@ -453,6 +480,7 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
             )
         yield run_dir
         return
+    check_reach(run_dir)
     marker = run_dir / _MARKER
     if run_dir.exists() and not run_dir.is_dir():
         raise EgjaxError("not a directory", where=str(run_dir), remedy="name another --run")
@@ -462,15 +490,18 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
             where=str(run_dir),
             remedy="name a new or empty directory",
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     with contextlib.ExitStack() as held:
-        held.enter_context(_locked(marker, run_dir, shared=bool(part)))
-        if part:
-            held.enter_context(_locked(run_dir / f"{_MARKER}-{part}", run_dir))
+        if is_remote(run_dir):
+            held.enter_context(leased(run_dir, _MARKER, part))
+        else:
+            held.enter_context(_locked(marker, run_dir, shared=bool(part)))
+            if part:
+                held.enter_context(_locked(run_dir / f"{_MARKER}-{part}", run_dir))
         if fresh:
-            for entry in run_dir.iterdir():
+            for entry in list(run_dir.iterdir()):
                 if entry.name != _MARKER:
-                    _delete(entry)
+                    delete(entry)
         hosts.barrier(f"opening {run_dir}")
         yield run_dir
 
@@ -493,14 +524,6 @@ def _locked(path: Path, run_dir: Path, *, shared: bool = False) -> Iterator[None
             lock.write(f"{os.getpid()}\n")
             lock.flush()
         yield
-
-
-def _delete(path: Path) -> None:
-    """Deletes a file or folder; of a link the link only."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,7 +590,8 @@ class Stage:
         vanished or changed their size since also mean that the stage is done again.
 
         Args:
-            work: writes the outputs into the directory it is given.
+            work: writes the outputs into the directory it is given; what it leaves in the folder
+                `PARTS` there is deleted at the end.
         """
         name = self.fingerprint
         alone = self.by == "self"
@@ -587,6 +611,7 @@ class Stage:
             with contextlib.suppress(OSError, EgjaxError):  # a full disk: the first error counts
                 self._mark(record)
         if alone or _writer():
+            delete(self.unfinished / PARTS)
             finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self._mark({**record, "finished": finished, "outputs": _sizes(self.unfinished)})
             self._publish()
@@ -614,8 +639,8 @@ class Stage:
         record = _read_json(self.unfinished / _RECORD)
         if record.get("fingerprint") == name and "finished" not in record:
             return float(record["seconds"])
-        _delete(self.unfinished)
-        self.unfinished.mkdir(parents=True)
+        delete(self.unfinished)
+        make_folder(self.unfinished)
         return 0.0
 
     def _complete(self, path: Path, name: str) -> bool:
@@ -627,8 +652,8 @@ class Stage:
         )
 
     def _publish(self) -> None:
-        _delete(self.path)
-        os.replace(self.unfinished, self.path)
+        delete(self.path)
+        move(self.unfinished, self.path, last=_RECORD)
 
     def _mark(self, record: Mapping[str, Any]) -> None:
         if self.by != "self" and not _writer():
@@ -655,8 +680,8 @@ def divided(
     """Does units of work, each once and by one process; a restart does those that are missing.
 
     Args:
-        folder: keeps the result of each unit until all are there, seen by all processes. None:
-            this process does all of them and keeps nothing.
+        folder: keeps the result of each unit, seen by all processes; below `PARTS` of a stage's
+            directory, so until that is finished. None: this process does all, and keeps nothing.
         units: what gives a unit's result, by a name that can be a file's. All processes have the
             same ones, in the same order.
         at: names the place where processes meet, for errors.
@@ -681,28 +706,30 @@ def divided(
         return result
 
     results: dict[str, T] = {}
+
+    def take(name: str, result: T) -> None:
+        results[name] = result
+        done(result)
+
+    # Without threads a signal does not have to wait for the end of a unit.
+    alone = mine if workers == 1 else mine[:1]
+    for name in alone:
+        take(name, work(name))
     with ThreadPoolExecutor(workers) as pool:
-        for name, result in zip(
-            mine, itertools.chain(map(work, mine[:1]), pool.map(work, mine[1:])), strict=True
-        ):
-            results[name] = result
-            done(result)
+        rest = mine[len(alone) :]
+        for name, result in zip(rest, pool.map(work, rest), strict=True):
+            take(name, result)
     if folder is None:
         return list(results.values())
     hosts.barrier(f"the end of {at}")
-    found = [
+    return [
         load(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in units
     ]
-    hosts.barrier(f"the results of {at}")
-    if _writer() and folder.exists():
-        _delete(folder)
-    return found
 
 
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes of each file of a stage, its record apart."""
-    files = (p for p in sorted(path.rglob("*")) if p.is_file() and p.name != _RECORD)
-    return {str(p.relative_to(path)): p.stat().st_size for p in files}
+    return {name: size for name, size in sizes(path).items() if Path(name).name != _RECORD}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

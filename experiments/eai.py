@@ -38,6 +38,7 @@ import tyro
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
+from egjax.files import here
 from egjax.search.actions import Grounded, action_table, encode_actions, table_sizes
 from egjax.search.household import Rewards, begin, household
 from egjax.search.mcts import SearchConfig, search
@@ -329,7 +330,7 @@ def _judged(
 
 def main(config: Config) -> None:
     judge = _interpreter(config.judge)
-    out = config.out.absolute()
+    out = here(config.out, "--out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     _run(judge, _JUDGE, "tasks", out / "told.json")
     told = json.loads((out / "told.json").read_text())

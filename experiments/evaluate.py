@@ -40,7 +40,17 @@ from egjax.sim.text import Line, to_english
 from egjax.train.progress import progress
 from experiments.collect import Config as SearchSettings
 from experiments.collect import Problem, find_plans
-from experiments.common import Done, Stage, divided, emit, finished, note, open_run, run_main
+from experiments.common import (
+    PARTS,
+    Done,
+    Stage,
+    divided,
+    emit,
+    finished,
+    note,
+    open_run,
+    run_main,
+)
 from experiments.data import HouseTask, load_tasks
 from experiments.distill import Ratio
 from experiments.models import Model, answered, asked, check_one_vocabulary, load, plans_of
@@ -93,7 +103,9 @@ def search_stage(config: Config, tasks: Done) -> Done:
         held = _held_out(tasks, config)
         problem = Problem(held, SearchSettings().instances)
         settings = SearchSettings(search=config.search)
-        found = find_plans(problem, settings, labels=False)
+        found = find_plans(problem, settings, labels=False, folder=out / PARTS)
+        if hosts.index() > 0:
+            return
         human = judge(problem.assignments, [t.program.script for t in held], batch=_ROWS)
         rows = {
             SEARCH: _outcomes(held, [one.plan for one in found], _verdicts(problem, found)),
@@ -103,7 +115,7 @@ def search_stage(config: Config, tasks: Done) -> Done:
         record = {"plans": rows, "search": reports}
         write_atomic(out / "outcomes.json", json.dumps(record, ensure_ascii=False) + "\n")
 
-    return Stage(config.run, "held_out_search", inputs).run(work)
+    return Stage(config.run, "held_out_search", inputs, by="all").run(work)
 
 
 def _verdicts(problem: Problem, found: Sequence[Any]) -> list[Verdict]:
@@ -126,7 +138,7 @@ def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> D
         units |= _plans(players, tokenizer, tasks, text, config)
         units |= _questions(players, tokenizer, text, config.questions)
         units |= _probes(loaded, tokenizer, tasks, config)
-        results = divided(out / "parts", units, at="evaluation")
+        results = divided(out / PARTS, units, at="evaluation")
         if hosts.index() > 0:
             return
         record: dict[str, Any] = {"plans": {}, "questions": {}, "probes": {}}

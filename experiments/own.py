@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from egjax import hosts
 from egjax.errors import EgjaxError
+from egjax.files import here
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import check_vocabularies
@@ -237,6 +238,7 @@ def fitting(
 
 def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Done:
     """Runs a stage on one's own data; its inputs are the options, the data and the models."""
+    here(config.run, "--data: --run")  # a Hugging Face folder is written there, file by file
     skip = {"run", "json", "log_to"}
     options = {
         field.name: getattr(config, field.name)

@@ -24,6 +24,7 @@ import tyro
 
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
+from egjax.files import here
 from egjax.sim.placing import Resources, load_homes, placed_row, read_sources, write_placed
 from egjax.sim.repair import Failed, Placed, place
 from egjax.train.progress import progress
@@ -58,6 +59,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    here(config.out, "--out")
     sources, unread = read_sources(config.programs)
     sources = sources[: config.limit or None]
     homes = load_homes(config.scenes, {s.scene for s in sources}, Resources.load(config.resources))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from egjax.errors import EgjaxError
+from egjax.files import make_folder
 from experiments.common import Stage
 
 __all__ = ["Shards", "parse_part"]
@@ -57,7 +58,7 @@ class Shards:
             part: index and number of parts.
         """
         index, count = part
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for k, stage in enumerate(self.stages):
             if k % count == index:
                 stage.run(lambda out, k=k: work(k, out))

@@ -203,7 +203,7 @@ def _asked(held: Sequence[HouseTask], titles: Sequence[str], config: Config) -> 
 
 def figures(done: Done) -> list[Figure]:
     """How much text of each kind there is."""
-    general = sum(1 for _ in (done.path / "general.jsonl").open())
+    general = len((done.path / "general.jsonl").read_text(encoding="utf-8").splitlines())
     kinds = Counter(s.task_type for s in load_samples(done.path / "samples.jsonl"))
     asked = Counter(s.task_type for s in load_samples(done.path / "questions.jsonl"))
     rows = [Figure("general_texts", general, "texts", n=general)]

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.files import written_here
 from egjax.lm import peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig, merge
@@ -181,7 +182,8 @@ def train(
     if lora is not None:
         adapter = gathered(trained)
         if hosts.index() == 0:
-            peft.save(out / ADAPTER, model.config, lora, adapter)
+            with written_here(out / ADAPTER) as folder:
+                peft.save(folder, model.config, lora, adapter)
         trained = merge(base, trained, lora)
     trained = cast(trained, model.config.dtype)
     write(out / MODEL, model._replace(params=trained))

@@ -1,6 +1,7 @@
 """What all tests share: the CPU, a cache of compiled programs, real data where it is to be had."""
 
 import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -27,6 +28,52 @@ def forget_programs():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A folder in a bucket that stands in for Google's: objects in memory, and as little beside
+    them as there (no folders, no renaming, no appending)."""
+    import fsspec
+    from etils.epath import backend
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from egjax import files
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store, pseudo_dirs = {}, [""]
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
+
+        def _open(self, path, mode="rb", **options):
+            assert "a" not in mode, "objects are not appended to"
+            return super()._open(path, mode, **options)
+
+        def mkdir(self, path, create_parents=True, **options):
+            pass
+
+        def makedirs(self, path, exist_ok=False):
+            pass
+
+        def mv(self, path1, path2, **options):
+            raise AssertionError("nothing can be renamed")
+
+        rename = move = mv
+
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    files._libraries.cache_clear()
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    yield files.as_path("gs://pail/folder")
+    for name in ("gs", "gcs"):
+        importlib.import_module("fsspec.registry")._registry.pop(name, None)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    files._libraries.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import init
 from egjax.train.data import Sample, Shuffled, pack
+from egjax.train.layout import Layout
 from egjax.train.objectives import next_token
 from experiments import training
-from experiments.common import Stage, divided, open_run, run_main
+from experiments.common import PARTS, Stage, divided, open_run, run_main
 from experiments.models import Model, apply_of
 
 
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
             raise EgjaxError("this one cannot")
         training.train(
             Model(init(jax.random.key(0), llama), llama, "none"),
-            next_token(apply_of(llama)),
+            next_token(apply_of(llama, Layout())),
             pack(texts, 16),
             training.Training(config.steps, 8, 16, 1e-2, config.save_every),
             seed=0,
@@ -72,7 +73,7 @@ def main(config: Config) -> None:
             return number**2
 
         works = {str(i): functools.partial(unit, i) for i in range(config.units)}
-        print(divided(out / "parts", works, at="units"))
+        print(divided(out / PARTS, works, at="units"))
 
     with open_run(config.run):
         if config.units:

@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+LOOK = 0.1  # seconds between two looks at what is waited for
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,7 +30,9 @@ def launch(
     for i in range(count):
         settings = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "EGJAX_MULTI_HOST": "1",
@@ -47,9 +51,17 @@ def launch(
 
 
 def codes(processes: Sequence[subprocess.Popen], timeout: float) -> list[int]:
-    """Exit codes of all; what has not ended in time is killed, and that is an error."""
+    """Exit codes of all; what has not ended in time is killed, and that is an error.
+
+    Looks are counted, not seconds: the whole machine may stand still for a while.
+    """
     try:
-        return [process.wait(timeout) for process in processes]
+        for _ in range(round(timeout / LOOK)):
+            if all(process.poll() is not None for process in processes):
+                return [process.returncode for process in processes]
+            time.sleep(LOOK)
+        raise AssertionError(f"still there: {[p.poll() is None for p in processes]}")
     finally:
         for process in processes:
             process.kill()
+            process.wait()

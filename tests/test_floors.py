@@ -10,13 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = 100  # longest function
 
 # What each part of the package may import of the others.
-BASE = {"types", "mesh", "hosts", "losses", "errors"}
+BASE = {"types", "mesh", "hosts", "losses", "errors", "files"}
 MAY_IMPORT = {
     "errors": set(),
     "losses": set(),
     "types": {"errors"},
     "mesh": {"errors"},
     "hosts": {"errors"},
+    "files": {"errors"},
     "sim": BASE,
     "lm": BASE,
     "search": BASE | {"sim"},

@@ -18,6 +18,7 @@ import numpy as np
 
 from egjax.errors import EgjaxError, require
 from egjax.experience.records import PreferencePair, Trajectory, from_flat, to_flat
+from egjax.files import as_path, local_copy, written_here
 
 tfds = require("tensorflow_datasets", "data")
 require("array_record", "data")
@@ -114,7 +115,7 @@ Builder = type[Trajectories] | type[PreferencePairs]
 
 
 def _folder(builder: Builder, data_dir: str | Path) -> Path:
-    return Path(data_dir) / builder.name / str(builder.VERSION)
+    return as_path(data_dir) / builder.name / str(builder.VERSION)
 
 
 def _builder_of(record_type: type) -> Builder:
@@ -148,7 +149,12 @@ def write(records: Sequence[Trajectory] | Sequence[PreferencePair], data_dir: st
         raise EgjaxError(
             f"split name {bad[0].split!r} of task {bad[0].task}", remedy="letters, digits and _"
         )
-    builder = _builder_of(kind)
+    with written_here(as_path(data_dir)) as folder:
+        _write(_builder_of(kind), records, folder)
+    return _folder(_builder_of(kind), data_dir)
+
+
+def _write(builder: Builder, records: Sequence[Any], data_dir: Path) -> None:
     final = _folder(builder, data_dir)
     final.parent.mkdir(parents=True, exist_ok=True)
     # TFDS keeps an existing dataset instead of writing anew, hence a fresh folder and a swap.
@@ -164,7 +170,6 @@ def write(records: Sequence[Trajectory] | Sequence[PreferencePair], data_dir: st
         _folder(builder, work).rename(final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return final
 
 
 class RecordSource(Generic[Record]):
@@ -191,7 +196,7 @@ def _open(kind: type, data_dir: str | Path):
         raise EgjaxError(
             f"no stored {kind.__name__} records", where=str(folder), remedy="collect them first"
         )
-    return tfds.builder_from_directory(str(folder))
+    return tfds.builder_from_directory(str(local_copy(folder)))
 
 
 def splits(kind: type[Record], data_dir: str | Path) -> dict[str, int]:

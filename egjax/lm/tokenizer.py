@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from egjax.errors import EgjaxError, require
+from egjax.files import as_path, make_folder
 
 __all__ = ["BOS", "EOS", "PAD", "Tokenizer"]
 
@@ -67,11 +68,13 @@ class Tokenizer:
         Raises:
             EgjaxError: the file is missing or cannot be read.
         """
-        path = Path(folder) / FILE
+        path = as_path(folder) / FILE
         if not path.is_file():
             raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
         try:
-            return cls(require("tokenizers", "lm").Tokenizer.from_file(str(path)))
+            return cls(
+                require("tokenizers", "lm").Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            )
         except ImportError:
             raise
         except Exception as error:  # the library raises plain Exception
@@ -79,9 +82,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and what transformers' `AutoTokenizer` needs beside it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / FILE))
+        folder = as_path(folder)
+        make_folder(folder)
+        (folder / FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": PAD,

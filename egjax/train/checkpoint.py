@@ -16,6 +16,7 @@ import numpy as np
 
 from egjax import hosts
 from egjax.errors import EgjaxError, require
+from egjax.files import absolute, is_remote
 
 __all__ = ["load_params", "read_metadata", "save_params"]
 
@@ -42,21 +43,17 @@ def save_params(path: str | Path, params: Any, metadata: dict[str, Any]) -> None
         EgjaxError: the disk is full or the place cannot be written; what was there stays.
     """
     ocp, checkpointer = _checkpointer()
-    path = Path(path).absolute()
+    path = absolute(path)
+    if is_remote(path):  # nothing can be renamed there; Orbax marks what is whole
+        with writing(path), checkpointer:
+            _save(ocp, checkpointer, path, params, metadata)
+        hosts.barrier(f"the model in {path}")
+        return
     new, old = path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
     with writing(path), checkpointer:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            checkpointer.save(
-                new,
-                ocp.args.Composite(
-                    **{
-                        _ARRAYS: ocp.args.StandardSave(params),
-                        _NOTE: ocp.args.JsonSave(metadata),
-                    }
-                ),
-                force=True,
-            )
+            _save(ocp, checkpointer, new, params, metadata)
         except BaseException:
             for rest in path.parent.glob(f"{new.name}*"):
                 shutil.rmtree(rest, ignore_errors=True)
@@ -69,6 +66,11 @@ def save_params(path: str | Path, params: Any, metadata: dict[str, Any]) -> None
             new.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         hosts.barrier(f"the model in {path}")
+
+
+def _save(ocp: Any, checkpointer: Any, path: Path, params: Any, metadata: dict[str, Any]) -> None:
+    parts = {_ARRAYS: ocp.args.StandardSave(params), _NOTE: ocp.args.JsonSave(metadata)}
+    checkpointer.save(path, ocp.args.Composite(**parts), force=True)
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         EgjaxError: no checkpoint there, or not a readable one.
     """
-    path = Path(path).absolute()
+    path = absolute(path)
     if not path.is_dir():
         raise EgjaxError("there is no checkpoint", where=str(path))
     try:
@@ -120,7 +122,7 @@ def load_params(path: str | Path, like: Any = None) -> tuple[Any, dict[str, Any]
         EgjaxError: no checkpoint there, an unreadable one, or one of another model.
     """
     metadata = read_metadata(path)
-    path = Path(path).absolute()
+    path = absolute(path)
     ocp, checkpointer = _checkpointer()
     try:
         with checkpointer:

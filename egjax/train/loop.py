@@ -17,6 +17,7 @@ import numpy as np
 
 from egjax import hosts
 from egjax.errors import NotFiniteError, require
+from egjax.files import absolute, append
 from egjax.train.checkpoint import check_shapes, unreadable, writing
 from egjax.train.progress import progress
 from egjax.train.step import TrainState
@@ -126,7 +127,7 @@ def fit(
         EgjaxError: a checkpoint that cannot be read or is of another model, or a full disk; what
             was saved before stays.
     """
-    store = None if directory is None else _Store(Path(directory).absolute())
+    store = None if directory is None else _Store(absolute(directory))
     half = -(-save_every // 2)
     trail: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # where the data were before a step
     try:
@@ -267,8 +268,8 @@ class _Store:
     def log(self, line: dict[str, Any]) -> None:
         if hosts.index() > 0:
             return
-        with writing(self._metrics), self._metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self._metrics):
+            append(self._metrics, json.dumps(line) + "\n")
 
     def save(self, step: int, state: TrainState, where: dict[str, Any], key: jax.Array) -> None:
         """Begins to write a checkpoint, after the one before is whole."""

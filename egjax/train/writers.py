@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from egjax.errors import EgjaxError, require
+from egjax.files import here
 
 __all__ = ["WRITERS", "writers"]
 
@@ -36,6 +37,8 @@ def writers(names: Sequence[str], directory: Path, title: str) -> Iterator[Log]:
         )
     with ExitStack() as stack:
         logs = []
+        if names:
+            here(directory, "--log-to writes beside the run:")
         if jax.process_index() == 0:
             logs = [stack.enter_context(WRITERS[name](directory, title)) for name in names]
 

@@ -68,7 +68,11 @@ def test_rates_are_told_while_batches_run(monkeypatch):
     clock[0] += 2
     first(32, none)
     second(16, none)
-    live.tasks(6, 5)
+    report = collect.SearchedTask("a_1", "Work", 1, 1, True, 1, 1, 1, 0.1)
+    solved = collect.Found(report, [], None, 0, 0.0)
+    unsolved = collect.replace(solved, report=collect.replace(report, solved=False))
+    live.tasks([solved] * 4)
+    live.tasks([solved, unsolved])
     assert told[0] == (0, "0 solved")
     assert told[-1] == (6, "5 solved, 48 simulations/s")  # (4 · 16 + 2 · 16) / 2
 

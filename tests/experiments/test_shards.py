@@ -9,29 +9,36 @@ from pathlib import Path
 import pytest
 
 from egjax.errors import EgjaxError
+from egjax.evals.manifest import write_atomic
 from egjax.evals.results import SearchedTask
 from egjax.experience.records import PreferencePair, Trajectory, to_flat
 from egjax.experience.tfds import read
-from experiments import collect
+from egjax.sim.text import Line
+from experiments import collect, lease
 from experiments.common import BusyError, Stage, finished, open_run
 from experiments.shards import Shards, parse_part
 
 TASKS = [f"file{i}_1" for i in range(7)]
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(params=["here", "in a bucket"])
+def run(tmp_path, request, monkeypatch):
     """A run with seven training tasks and one that is held out."""
     rows = [{"name": name, "title": "Work", "split": "train"} for name in TASKS]
     rows.insert(3, {"name": "file99_1", "title": "Relax", "split": "seen"})
     record = {"goals": "core", "tasks": rows, "unseen": ["Sleep"]}
 
     def write(out: Path) -> None:
-        (out / "tasks.json").write_text(json.dumps(record))
+        write_atomic(out / "tasks.json", json.dumps(record))
 
-    with open_run(tmp_path / "run") as folder:
+    folder = tmp_path / "run"
+    if request.param != "here":
+        folder = request.getfixturevalue("bucket") / "run"
+        for name, seconds in (("BEAT", 0.1), ("PATIENCE", 0.5), ("SETTLE", 0.0)):
+            monkeypatch.setattr(lease, name, seconds)
+    with open_run(folder):
         Stage(folder, "tasks", {}).run(write)
-    return tmp_path / "run"
+    return folder
 
 
 @pytest.fixture
@@ -150,3 +157,42 @@ def test_without_hosts_there_is_one_part(monkeypatch):
     monkeypatch.delenv("EGJAX_MULTI_HOST", raising=False)
     assert parse_part("") == (0, 1)
     assert parse_part("3/5") == (3, 5)
+
+
+def test_a_search_that_was_stopped_goes_on_with_the_missing_batches(tmp_path, monkeypatch):
+    """Of seven tasks in batches of two the last is stopped; then one of the second passes is."""
+    done: list[object] = []
+    plan = [Line("PUTBACK", (("cup", 3), ("table", None))), Line("SLEEP")]
+
+    def found(row: int, solved: bool) -> collect.Found:
+        report = SearchedTask(TASKS[row], "Work", 1, int(solved), solved, 2, 1, 1, 0.5)
+        return collect.Found(report, plan, None, 7, 0.25, actions=(row, 1))
+
+    def batch(problem, world, config, start, *, labels, live):
+        if start == stop_at:
+            raise KeyboardInterrupt
+        done.append(start)
+        return [found(row, row % 3 > 0) for row in range(start, min(start + 2, 7))]
+
+    def second(problem, world, config, row, before):
+        if row == 10 - stop_at:
+            raise KeyboardInterrupt
+        assert before == found(row, False)
+        done.append((row,))
+        return found(row, True)
+
+    monkeypatch.setattr(collect, "_search_batch", batch)
+    monkeypatch.setattr(collect, "_second_pass", second)
+    monkeypatch.setattr(collect, "_cores", lambda: 1)
+    problem = type("Problem", (), {"tasks": TASKS})
+
+    def run() -> list[collect.Found]:
+        settings = collect.Config(batch=2)
+        return collect.find_plans(problem, settings, labels=False, folder=tmp_path)
+
+    for stop_at in (6, 4):  # noqa: B007  (read by the two above)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    stop_at = -1
+    assert run() == [found(row, True) for row in range(7)]
+    assert done == [0, 2, 4, 6, (0,), (3,), (6,)]

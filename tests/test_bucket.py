@@ -1,0 +1,97 @@
+"""A run in a bucket, `--run gs://…`, finds what one on disk finds. Needs gcsfs and
+gcp-storage-emulator, which stands in for Google's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from processes import LOOK, ROOT, codes, free_port, launch
+
+from egjax import files
+
+sys.path.insert(0, str(ROOT / "tests" / "experiments"))
+from test_processes import COMMAND, agree
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("gcsfs", "gcp_storage_emulator"))),
+        reason="pip install gcsfs gcp-storage-emulator",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """`gs://pail`, for this process and those it starts."""
+    port = free_port()
+    address = f"http://localhost:{port}"
+    settings = {
+        "STORAGE_EMULATOR_HOST": address,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "FSSPEC_GCS_TOKEN": "anon",
+        "FSSPEC_GS_TOKEN": "anon",
+        "NO_GCE_CHECK": "true",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks over gRPC, which it has not
+        "EPATH_USE_TF": "false",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "fake_bucket.py"), str(port)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, **quiet) as server:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        for _ in range(round(60 / LOOK)):
+            try:
+                urllib.request.urlopen(f"{address}/storage/v1/b").close()
+                break
+            except OSError:
+                time.sleep(LOOK)
+        yield files.as_path("gs://pail")
+        server.kill()
+
+
+def said(logs: Path) -> str:
+    return "".join(p.read_text() for p in sorted(logs.glob("*.err")))[-4000:]
+
+
+def test_two_processes_stop_and_one_goes_on(bucket, tmp_path):
+    from test_hosts import close, weights
+
+    run, logs = bucket / "toy", tmp_path / "logs"
+    command = ["tests/job_toy.py", "--run", str(run)]
+    alone = [command[0], "--run", str(tmp_path / "alone")]
+    assert codes(launch(alone, 1, logs=tmp_path / "alone.logs"), 300) == [0]
+    processes = launch([*command, "--pause", "0.2"], 2, logs=logs)
+    for _ in range(round(300 / LOOK)):
+        if "checkpoints/10/state/_METADATA" in files.sizes(run / "toy.unfinished"):
+            break
+        time.sleep(LOOK)
+    processes[0].send_signal(signal.SIGTERM)
+    assert codes(processes, 120) == [143, 143], said(logs)
+    assert codes(launch(command, 1, logs=logs), 300) == [0], said(logs)
+    close(files.local_copy(run), weights(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_pipeline_in_a_bucket_finds_what_it_finds_on_disk(bucket, tmp_path, count):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    one = tmp_path / "run"
+    assert (
+        subprocess.run([sys.executable, *COMMAND, one], cwd=ROOT, env=environment).returncode == 0
+    )
+    run = bucket / f"run{count}"
+    ended = codes(launch([*COMMAND, str(run)], count, logs=tmp_path / "logs"), 1800)
+    assert ended == [0] * count, said(tmp_path / "logs")
+    agree(one, files.local_copy(run))
+    again = launch([*COMMAND, str(run)], count, logs=tmp_path / "again")
+    assert codes(again, 600) == [0] * count
+    assert "starts" not in said(tmp_path / "again")  # everything is kept
