@@ -4,11 +4,12 @@ N tokens, M models (student and teachers), width D, vocabulary V; a product take
 operations, and all logits at once need M + 2 of them: M for logits, one for the hidden states' and
 one for the unembedding's gradient. Two ways; the sizes decide:
 
-- **In the gradient's place**, where N <= D: the student's logits are formed for all tokens, some
-  columns at a time, and kept where the unembedding's gradient will be, which has as many rows or
-  more. They are turned there into losses and the gradients of the logits, unweighted; once the
-  weights of the tokens are known (preferences know them after all sums), each block of columns
-  gives way to that block's gradient. M + 2 products for every loss, each of N tokens at once.
+- **In the gradient's place**, where N <= D and the vocabulary is not split over devices: the
+  student's logits are formed for all tokens, some columns at a time, and kept where the
+  unembedding's gradient will be, which has as many rows or more. They are turned there into losses
+  and the gradients of the logits, unweighted; once the weights of the tokens are known (preferences
+  know them after all sums), each block of columns gives way to that block's gradient. M + 2
+  products for every loss, each of N tokens at once.
 - **A few tokens at a time** otherwise (`tokens`, n of N): what they give is added to a float32 sum
   of the unembedding's gradient. `chunked_loss`, whose weights are known before, takes M + 2
   products; `chunked_token_losses` forms the logits anew going backward: 2·M + 2.
@@ -58,8 +59,6 @@ TOKENS = 64
 """Tokens of which a teacher's logits exist at once: more are faster, at 4·V bytes each an array."""
 COLUMNS = 1024
 """Columns of the vocabulary that are multiplied at once."""
-
-
 ENTRIES = {"cpu": 2**18, "other": 2**22}
 """Logits turned into losses at once: few stay in a CPU's cache; many keep an accelerator busy."""
 
@@ -449,58 +448,54 @@ def _measure(
 class _Place:
     """The unembedding's gradient before it is known: room for float32 rows of N tokens.
 
-    Arrays are [D, V] or [V, D] as the unembedding, their axis of columns split into [S, V/S] for S
-    devices. A token's row is one of D's where entries have 32 bits; where they have 16, its upper
-    halves are one and its lower halves another row, if D >= 2·N (otherwise the place is float32,
-    rounded in the end).
+    Arrays are [D, V] or [V, D] as the unembedding. A token's row is one of D's where entries have
+    32 bits; where they have 16, its upper halves are one and its lower halves another row, if
+    D >= 2·N (otherwise the place is float32, rounded in the end).
 
     Attributes:
-        fits: whether there is room.
+        fits: whether there is room. Not said of a vocabulary split over devices: where tokens are,
+            too, and no `shard_map` keeps them apart, the compiler gathers the whole place.
     """
 
     def __init__(self, settings: _Settings, head: Head):
-        weight, self.tied, self.shards = head.unembedding, head.tied, settings.shards
+        weight, self.tied = head.unembedding, head.tied
         self.shape, self.dtype = weight.shape, weight.dtype
         self.width = weight.shape[1 if head.tied else 0]
-        self.columns = head.vocabulary // self.shards
         self.halves = self.width // 2 if weight.dtype.itemsize == 2 else 0
         if settings.count > self.halves:
             self.halves = 0
-        self.fits = settings.count <= self.width and weight.dtype.itemsize in (2, 4)
+        fits = settings.count <= self.width and weight.dtype.itemsize in (2, 4)
+        self.fits = fits and settings.shards == 1
 
     def empty(self) -> Array:
         """Zeros."""
-        zeros = jnp.zeros(self.shape, jnp.uint16 if self.halves else jnp.float32)
-        return _split(zeros, 0 if self.tied else 1, self.shards)
+        return jnp.zeros(self.shape, jnp.uint16 if self.halves else jnp.float32)
 
     def gradient(self, place: Array) -> Array:
         """The gradient, once all of it was put there."""
-        place = place.reshape(self.shape)
         if self.halves:
             return jax.lax.bitcast_convert_type(place, self.dtype)
         return place.astype(self.dtype)
 
     def _at(self, row: Array | int, column: Array) -> tuple[Array | int, ...]:
-        device = (0,) if self.shards > 1 else ()
-        return (*device, column, row) if self.tied else (row, *device, column)
+        return (column, row) if self.tied else (row, column)
 
     def _cut(self, place: Array, row: Array | int, rows: int, column: Array, width: int) -> Array:
-        device = (self.shards,) if self.shards > 1 else ()
-        sizes = (*device, width, rows) if self.tied else (rows, *device, width)
+        sizes = (width, rows) if self.tied else (rows, width)
         return jax.lax.dynamic_slice(place, self._at(row, column), sizes)
 
     def read(self, place: Array, row: Array | int, rows: int, column: Array, width: int) -> Array:
-        """What is kept of some tokens: float32[rows, width], or [rows, S, width]."""
+        """What is kept of some tokens: float32[rows, width]."""
         values = self._cut(place, row, rows, column, width)
         if self.halves:
             low = self._cut(place, row + self.halves, rows, column, width)
             bits = (values.astype(jnp.uint32) << 16) | low.astype(jnp.uint32)
             values = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        return jnp.moveaxis(values, -1, 0) if self.tied else values
+        return values.T if self.tied else values
 
     def write(self, place: Array, values: Array, row: Array | int, column: Array) -> Array:
         """Keeps what `read` reads."""
-        values = jnp.moveaxis(values, 0, -1) if self.tied else values
+        values = values.T if self.tied else values
         if self.halves:
             bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
             low = (bits & 0xFFFF).astype(jnp.uint16)
@@ -532,12 +527,12 @@ def _keep(
     settings: _Settings, student: Head, teacher: Teacher, rest: Any
 ) -> tuple[tuple[Array, Array], Array]:
     """Losses and z-losses float32[N], and the gradients of their sums in the logits, in place."""
-    place, shards = _Place(settings, student), settings.shards
-    count, width, at = _blocks(place.columns, COLUMNS // shards)
+    place = _Place(settings, student)
+    count, width, at = _blocks(settings.vocabulary, COLUMNS)
 
     def multiply(block: Array, kept: Array) -> Array:
         start, _ = at(block)
-        columns, letters = _columns(student, shards, start, width)
+        columns, letters = _columns(student, 1, start, width)
         formula = f"nd,{letters}->n{letters.replace('d', '')}"
         logits = jnp.einsum(formula, student.hidden, columns, preferred_element_type=jnp.float32)
         return place.write(kept, logits, 0, start)
@@ -547,7 +542,7 @@ def _keep(
     if isinstance(teacher, Targets):  # which have no logits that would take memory
         rows = max(rows, _entries() // COLUMNS)
     chunks, rows, chunk_at = _blocks(settings.count, rows)
-    tiles, tile, tile_at = _blocks(place.columns, _entries() // (rows * shards))
+    tiles, tile, tile_at = _blocks(settings.vocabulary, _entries() // rows)
 
     def chunk(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, values = carry
@@ -582,8 +577,8 @@ def _keep(
 
 def _grads_of_kept(settings: _Settings, student: Head, kept: Array, weights: Array) -> Head:
     """The gradient of the weighted sum of losses; the unembedding's takes the place of `kept`."""
-    place, shards = _Place(settings, student), settings.shards
-    count, width, at = _blocks(place.columns, COLUMNS // shards)
+    place = _Place(settings, student)
+    count, width, at = _blocks(settings.vocabulary, COLUMNS)
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
     weighted = (student.hidden.astype(jnp.float32) * weights[:, None]).T
     weighted = jax.lax.optimization_barrier(weighted)
@@ -592,7 +587,7 @@ def _grads_of_kept(settings: _Settings, student: Head, kept: Array, weights: Arr
         kept, hidden = carry
         start, fresh = at(index)
         grads = jnp.where(fresh, place.read(kept, 0, settings.count, start, width), 0.0)
-        columns, letters = _columns(student, shards, start, width)
+        columns, letters = _columns(student, 1, start, width)
         of_logits = f"n{letters.replace('d', '')}"
         multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
         hidden += multiply(f"{of_logits},{letters}->nd", grads, columns.astype(jnp.float32))
