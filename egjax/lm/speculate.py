@@ -253,16 +253,19 @@ class _Decoder:
         kept &= self.going(loop)[:, None]
         kept &= loop.made[:, None] + jnp.arange(tokens.shape[1]) < self.max_new_tokens
         new = kept.sum(axis=1)
+        # By place in the result, elementwise: a scatter costs the CPU a loop.
+        offset = jnp.arange(loop.tokens.shape[1]) - loop.made[:, None]
+        source = jnp.clip(offset, 0, tokens.shape[1] - 1)
 
-        def put(out: Array, made: Array, values: Array, kept: Array) -> Array:
-            old = jax.lax.dynamic_slice(out, (made,), values.shape)
-            return jax.lax.dynamic_update_slice(out, jnp.where(kept, values, old), (made,))
+        def at(values: Array) -> Array:
+            return jnp.take_along_axis(values, source, axis=1)
 
+        here = (offset == source) & at(kept)
         loop = replace(
             loop,
             made=loop.made + new,
-            tokens=jax.vmap(put)(loop.tokens, loop.made, tokens, kept),
-            logps=jax.vmap(put)(loop.logps, loop.made, logps, kept),
+            tokens=jnp.where(here, at(tokens), loop.tokens),
+            logps=jnp.where(here, at(logps), loop.logps),
             ended=loop.ended | (kept & is_end).any(axis=1),
             matched=jnp.take_along_axis(states, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0],
         )
@@ -288,10 +291,13 @@ class _Decoder:
     def advanced(self, loop: _Loop, found: Sequence[tuple[tuple[Array, ...], Cache]]) -> _Loop:
         """One token more, and the account with what a draft of it would have brought."""
         logits = self.combined(found)
-        token = self.choose(logits, loop.made)
-        guess = self.choose(found[self.draft][0][0], loop.made)
-        gain = jnp.where((token == guess)[:, 0], 1.0, 1.0 - self.cost)
-        loop, _ = self.keep(loop, token, logits, jnp.ones(self.rows, jnp.int32))
+        both = jnp.stack([logits[:, 0], found[self.draft][0][0][:, 0]])
+        step_keys = jax.vmap(jax.random.fold_in)(self.keys, loop.made)
+        token, guess = jax.vmap(lambda one: draw(one, step_keys, self.temperature, self.top_p))(
+            both
+        )
+        gain = jnp.where(token == guess, 1.0, 1.0 - self.cost)
+        loop, _ = self.keep(loop, token[:, None], logits, jnp.ones(self.rows, jnp.int32))
         return replace(loop, balance=_bounded(loop.balance + gain))
 
     def propose(self, loop: _Loop) -> tuple[Array, tuple[Array, ...], Cache]:
