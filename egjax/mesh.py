@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from egjax.errors import EgjaxError
@@ -75,12 +76,14 @@ def make_mesh(*, data: int | None = None, model: int = 1, devices: Sequence[Any]
             f"a mesh of data={data}, model={model} does not fit {len(found)} devices",
             remedy="choose sizes whose product is at most the number of devices",
         )
-    return jax.make_mesh(
-        (rows, model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=found[: rows * model],
-    )
+    shape, names, types = (rows, model), ("data", "model"), (AxisType.Auto, AxisType.Auto)
+    chosen = found[: rows * model]
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=chosen)
+    except NotImplementedError:
+        # Of a torus of 4 × 4 × 4, say, axes of 8 × 8 take one dimension apart.
+        laid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
+        return Mesh(laid, names, axis_types=types)
 
 
 def sharding(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import html
 import io
 import json
@@ -124,7 +125,8 @@ def _run(script: str, size: str, number: int, arguments: Sequence[str]) -> dict[
     """One run in a process of its own: its figures and what they cost."""
     with tempfile.TemporaryDirectory() as folder:
         tasks, costs = Path(folder) / "tasks.txt", Path(folder) / "costs.json"
-        tasks.write_text("\n".join(_names()) + "\n")
+        if any("{tasks}" in word for word in arguments):
+            tasks.write_text("\n".join(_names()) + "\n")
         command = [sys.executable, "-m", f"experiments.{script}", "--json"]
         command += [word.format(tasks=tasks) for word in arguments]
         settings = {"EGJAX_COSTS": str(costs), "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -151,6 +153,7 @@ def _run(script: str, size: str, number: int, arguments: Sequence[str]) -> dict[
         }
 
 
+@functools.cache
 def _names() -> list[str]:
     """Five tasks that the search is measured on: evenly spread, the same on every machine."""
     found = [p for p in programs(None) if make_task(p, "e2wm", "train").predicates]

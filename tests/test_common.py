@@ -243,6 +243,18 @@ def test_a_profile_is_written_for_perfetto(script, tmp_path):
     assert str(trace) in err
 
 
+def test_costs_are_those_of_the_process_alone(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("EGJAX_COSTS", str(tmp_path / "costs.json"))
+    held = bytearray(10**9)
+    held[::4096] = b"1" * len(held[::4096])  # else the pages are not there
+    process = script("import jax; jax.block_until_ready(jax.numpy.ones(3) + 1)")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert costs["compilations"] >= 1
+    assert 5e7 < costs["peak_bytes"] < len(held)
+
+
 def test_a_reader_that_leaves_is_no_error(script):
     process = script("for i in range(10**6): print(i)")
     assert process.stdout.readline() == "0\n"

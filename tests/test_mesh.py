@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import os
 import socket
 import subprocess
@@ -29,6 +31,33 @@ def test_axes_are_auto_and_split_what_divides():
     assert mesh.axis_names == ("data", "model")
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert mesh.size == jax.device_count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A v5p chip as far as its place in the mesh is concerned."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize(("data", "model"), [(16, 4), (8, 8), (32, 2)])
+def test_a_torus_takes_axes_that_split_its_dimensions(data, model):
+    places = itertools.product(range(4), range(4), range(4))
+    chips = [Chip(i, place) for i, place in enumerate(places)]
+    mesh = make_mesh(data=data, model=model, devices=chips)
+    assert mesh.devices.shape == (data, model)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(64))
+    # Chips that share a matrix are near: in a block, not a line through half of the torus.
+    for group in mesh.devices:
+        spread = [max(c) - min(c) for c in zip(*(chip.coords for chip in group), strict=True)]
+        assert sum(spread) <= {2: 1, 4: 3, 8: 4}[model]
 
 
 def test_sizes_that_do_not_fit_are_refused():
