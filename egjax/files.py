@@ -64,7 +64,7 @@ def _libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise EgjaxError(
             f"gs:// is out of reach: {error}",
-            remedy="pip install gcsfs 'egjax[train]', or mount the bucket with Cloud Storage FUSE",
+            remedy="pip install 'egjax[gcs]', or mount the bucket with Cloud Storage FUSE",
         ) from None
     for name in ("gs", "gcs"):  # other processes write there, too
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False

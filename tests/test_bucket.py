@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not all(map(importlib.util.find_spec, ("gcsfs", "gcp_storage_emulator"))),
-        reason="pip install gcsfs gcp-storage-emulator",
+        reason="pip install egjax[gcs] gcp-storage-emulator",
     ),
 ]
 

@@ -128,8 +128,8 @@ def test_extras_are_those_promised_and_all_holds_every_one():
     assert {"search", "lm", "data", "train", "eval", "tpu", "cuda", "test", "all"} <= set(extras)
     (everything,) = map(Requirement, extras["all"])
     assert everything.name == "egjax"
-    # W&B is large, and a service that one asks for.
-    assert everything.extras == set(extras) - {"all", "test", "tpu", "cuda", "wandb"}
+    # W&B and Google's clients are large, and for services that one asks for.
+    assert everything.extras == set(extras) - {"all", "test", "tpu", "cuda", "wandb", "gcs"}
 
 
 def test_every_python_gets_one_pair():
