@@ -8,12 +8,13 @@ nearly every draft; `half`: π̄ takes each second or so; `never`: πᴸ is sure
 takes none. Greedy decoding of the same prompts by the plain three-model loop and by speculation,
 in turns in one process; both must give the same tokens. Rows per case: `decode_speed`, tokens a
 second by the median of the runs, ratio = speculation ÷ plain; `decode_ratio`, the median of the
-ratios of two neighbouring runs, and the least and greatest of them; `decode_accepted`, share of
-drafts kept where all steps draft; `decode_round_cost` (`agree` alone), time of a round in plain
-steps, against the formula of `egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of
-weights that a plain step reads, `decode_cache_bytes`, of keys and values half-way;
-`decode_bandwidth`, both by the time of a plain step, ratio = share of the bandwidth that copying an
-array reaches in the same run. `--keep NAME` writes them to experiments/results/decode.
+ratios of two neighbouring runs, and the least and greatest of them; `decode_cpu_ratio`, the same of
+CPU seconds (on a CPU), which other jobs disturb less; `decode_accepted`, share of drafts kept where
+all steps draft; `decode_round_cost` (`agree` alone), time of a round in plain steps, against the
+formula of `egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of weights that a plain
+step reads, `decode_cache_bytes`, of keys and values half-way; `decode_bandwidth`, both by the time
+of a plain step, ratio = share of the bandwidth that copying an array reaches in the same run.
+`--keep NAME` writes them to experiments/results/decode.
 Bars: `decode_ratio` ≥ 1.5 in `agree`, ≥ 0.95 in `never`.
 Hardware: two CPU cores, two minutes; a GPU.
 """
@@ -211,8 +212,8 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
     if few:
         forms["drafting"] = lambda: fast(0.0)
     taken = _alternated(forms, config.repeats)
-    seconds = {form: float(np.median(times)) for form, times in taken.items()}
-    ratios = np.array(taken["plain"]) / np.array(taken["fast"])
+    seconds = {form: float(np.median(times[:, 0])) for form, times in taken.items()}
+    ratios = taken["plain"] / taken["fast"]
     # The reading of the prompt is no step.
     step = (seconds["plain"] - seconds["prefill"]) / (config.tokens - 1)
     configs = [c for _, c in models]
@@ -231,14 +232,18 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
 
     rows = [
         row("decode_speed", rates["fast"], "tokens/s", "plain loop", rates["plain"]),
-        Figure(
-            f"decode_ratio/{name}",
-            float(np.median(ratios)),
-            "ratio",
-            n=config.repeats,
-            low=float(ratios.min()),
-            high=float(ratios.max()),
-            seed=config.seed,
+        *(
+            Figure(
+                f"{what}/{name}",
+                float(np.median(column)),
+                "ratio",
+                n=config.repeats,
+                low=float(column.min()),
+                high=float(column.max()),
+                seed=config.seed,
+            )
+            for what, column in zip(("decode_ratio", "decode_cpu_ratio"), ratios.T)
+            if what == "decode_ratio" or jax.default_backend() == "cpu"
         ),
         row(
             "decode_bandwidth", (weights + cached) / step, "bytes/s", "copy of an array", bandwidth
@@ -263,23 +268,24 @@ def _cache_bytes(config: LlamaConfig, options: Config) -> int:
     return options.rows * filled * per_token * jnp.dtype(config.dtype).itemsize
 
 
-def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each form, run in turns after a warm-up, every second time the other way round."""
-    taken: dict[str, list[float]] = {name: [] for name in forms}
+def _alternated(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds and CPU seconds [repeats, 2] of each form, run in turns after a warm-up, every second
+    time the other way round."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     for repeat in range(repeats + 1):
         for name in list(forms)[:: 1 if repeat % 2 else -1]:
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             jax.block_until_ready(forms[name]())
             if repeat:
-                taken[name].append(time.perf_counter() - begin)
-    return taken
+                taken[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    return {name: np.array(times) for name, times in taken.items()}
 
 
 def _bandwidth(size: int = 2**25) -> float:
     """Bytes a second that reading and writing an array of 128 MiB reaches."""
     copy = jax.jit(lambda x: x + 1)
     values = jax.block_until_ready(jnp.zeros(size, jnp.float32))
-    return 2 * values.nbytes / min(_alternated({"": lambda: copy(values)}, 5)[""])
+    return 2 * values.nbytes / float(_alternated({"": lambda: copy(values)}, 5)[""][:, 0].min())
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ Rule = Literal["coupled", "rejection"]
 
 _DRAFT, _ACCEPT, _RESAMPLE = range(1, 4)  # streams of a token's key; the key itself draws it
 
-# Arithmetic of one more token in a reading of the weights, in units of that reading: measured on
-# two CPU cores in float32; accelerators have hundreds of operations for every byte they read.
-_ARITHMETIC = {"cpu": 0.03}
+# Arithmetic of one more token in a reading of the weights, in units of that reading. On two CPU
+# cores in float32 rounds were measured that mean 0.02 (idle) to 0.2 (other jobs running): too high
+# a value misses a little gain, too low a one loses where half of the drafts agree. Accelerators
+# have hundreds of operations for every byte they read.
+_ARITHMETIC = {"cpu": 0.12}
 _ACCELERATOR = 0.006
 
 # The account of a row, in plain steps: the bounds it is kept in, and where rounds begin. One kept
@@ -90,7 +92,7 @@ def round_cost(
         rows: rows B of the batch.
         voices: rows that each model reads for one of them, see `egjax.lm.ensemble.voices`; None
             for one.
-        arithmetic: r; None takes 0.03 on a CPU and 0.006 elsewhere.
+        arithmetic: r; None takes 0.12 on a CPU and 0.006 elsewhere.
     """
     r = _ARITHMETIC.get(jax.default_backend(), _ACCELERATOR) if arithmetic is None else arithmetic
     steps, round_ = 0.0, 0.0

@@ -25,6 +25,7 @@ def test_models_agree_and_contradict_as_said(capsys):
         assert rows[f"decode_speed/{name}"]["peer"] == "plain loop"
         ratio = rows[f"decode_ratio/{name}"]
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
+        assert rows[f"decode_cpu_ratio/{name}"]["value"] > 0
         # 2 layers: 4 · 32² attention (half of the keys and values) + 3 · 32 · 64 and two norms.
         layer = 3 * 32 * 32 + 3 * 32 * 64 + 2 * 32
         weights = 3 * (2 * layer + 2 * 256 * 32 + 32) * 4
