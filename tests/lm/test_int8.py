@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from egjax.lm import int8
+from egjax.lm.ensemble import read
 from egjax.lm.generate import generate, pad_prompts
 from egjax.lm.model import forward
+from egjax.lm.ratio import ratio_combine
 
 
 def test_each_entry_is_off_by_half_a_step_at_most(params, config):
@@ -45,3 +49,21 @@ def test_decoding_takes_them(params, config):
     found = generate(models, prompts, jax.random.key(0), max_new_tokens=4, temperature=0.0)
     assert found.mask[:, 0].all()
     assert jnp.isfinite(found.logps).all()
+
+
+def test_pi_bar_moves_as_little_as_the_rounded_model(params, config, make_params, tokens):
+    small = replace(config, num_layers=1)
+    others = [(make_params(small, seed), small) for seed in (1, 2)]
+    combine = ratio_combine()
+
+    def logps(large):
+        models = [(large, config), *others]
+        found = combine(tuple(read(p, c, tokens)[0][0] for p, c in models))
+        return jax.nn.log_softmax(found)
+
+    exact, rounded = logps(params), logps(int8.quantize(params))
+    off = jnp.abs(rounded - exact)
+    # Nats, of logits whose standard deviation is about 3: the mean and the largest of 1,440.
+    assert jnp.std(exact) > 2
+    assert 1e-3 < off.mean() < 0.1
+    assert off.max() < 1.0
