@@ -51,19 +51,21 @@ def test_decoding_takes_them(params, config):
     assert jnp.isfinite(found.logps).all()
 
 
-def test_pi_bar_moves_as_little_as_the_rounded_model(params, config, make_params, tokens):
+def test_pi_bar_of_a_rounded_large_model_stays_close(config, make_params, tokens):
     small = replace(config, num_layers=1)
-    others = [(make_params(small, seed), small) for seed in (1, 2)]
-    combine = ratio_combine()
+    large = make_params(config, scale=0.3)
+    others = [(make_params(small, seed, scale=0.3), small) for seed in (1, 2)]
 
     def logps(large):
         models = [(large, config), *others]
-        found = combine(tuple(read(p, c, tokens)[0][0] for p, c in models))
-        return jax.nn.log_softmax(found)
+        found = tuple(read(p, c, tokens)[0][0] for p, c in models)
+        return jax.nn.log_softmax(ratio_combine()(found))
 
-    exact, rounded = logps(params), logps(int8.quantize(params))
+    exact, rounded = logps(large), logps(int8.quantize(large))
     off = jnp.abs(rounded - exact)
-    # Nats, of logits whose standard deviation is about 3: the mean and the largest of 1,440.
+    # Nats, of 1,440 log-probabilities that spread by 2.8; bfloat16 weights are off by half as much.
     assert jnp.std(exact) > 2
-    assert 1e-3 < off.mean() < 0.1
-    assert off.max() < 1.0
+    assert 1e-3 < off.mean() < 0.05
+    assert off.max() < 0.6
+    assert (jnp.exp(exact) * (exact - rounded)).sum(-1).mean() < 2e-3
+    np.testing.assert_array_equal(exact.argmax(-1), rounded.argmax(-1))
