@@ -80,7 +80,7 @@ def load(path: Path, *, int8: bool = False) -> Model:
     return Model(jax.device_put(small, jax.local_devices()[0]), config, tokenizer)
 
 
-def host_device() -> jax.Device:
+def host_device() -> Any:
     """The CPU, for what no accelerator shall hold.
 
     Raises:
