@@ -25,6 +25,7 @@ import tyro
 
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
+from egjax.lm.int8 import quantize
 from egjax.losses import (
     Terms,
     forward_kl,
@@ -79,6 +80,8 @@ class Config:
     """The target."""
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     """Token-level divergence."""
+    int8: bool = False
+    """The matrices of the frozen πᴸ, πᴱ and πᴺ in eight bits; the student's are not."""
     data: Path | None = None
     """JSON lines of one's own."""
     large: Path | None = None
@@ -102,6 +105,8 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
         **{name: done.fingerprint for name, done in (("text", text), ("large", large))},
         **{name: done.fingerprint for name, done in (("expert", expert), ("small", small))},
     }
+    if config.int8:
+        inputs["int8"] = True
 
     def work(out: Path) -> None:
         models = {"πᴸ": load(large.path / MODEL), "πᴱ": load(expert.path / MODEL)}
@@ -140,6 +145,9 @@ def _train(
     write: Callable[[Path, Model], None] = save,
 ) -> None:
     mesh = mesh_for(config.training)
+    frozen = [models[name] for name in ("πᴸ", "πᴱ", "πᴺ")]
+    if config.int8:
+        frozen = [model._replace(params=quantize(model.params)) for model in frozen]
     train(
         models["πᴸ"],
         loss,
@@ -148,8 +156,8 @@ def _train(
         seed=config.seed,
         out=out,
         title="distill",
-        frozen=Frozen(*(placed(models[name], mesh) for name in ("πᴸ", "πᴱ", "πᴺ"))),
-        frozen_configs=[models[name].config for name in ("πᴸ", "πᴱ", "πᴺ")],
+        frozen=Frozen(*(placed(model, mesh) for model in frozen)),
+        frozen_configs=[model.config for model in frozen],
         log_to=config.log_to,
         write=write,
     )

@@ -61,8 +61,9 @@ __all__ = ["COPY", "HUMAN", "NAMES", "SEARCH", "Config", "search_stage", "stage"
 
 NAMES = {"base": "πᴺ", "expert": "πᴱ", "large": "πᴸ", "ratio": "π̄", "distilled": "distilled"}
 NAMES |= {"preferred": "+ DPO"}
+_LATER = ("distilled", "preferred")  # a run may do without
 SEARCH, COPY, HUMAN = "search", "nearest plan", "human"
-_ROWS = 32  # prompts, answers and plans a batch
+_ROWS = 32  # plans judged at once
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Config:
     """π̄ by decoding."""
     max_new_tokens: int = 96
     """Longest plan in tokens."""
+    rows: int = 32
+    """Prompts and answers that a model reads at once."""
+    int8: bool = False
+    """The matrices of πᴸ in eight bits, also in π̄; the small models stay as they are."""
     questions: int = 50
     """Questions asked per task type, at most."""
     search: SearchConfig = field(
@@ -123,20 +128,24 @@ def _verdicts(problem: Problem, found: Sequence[Any]) -> list[Verdict]:
 
 
 def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> Done:
-    """Evaluates the models of one seed; `models` by the names of `NAMES`, π̄ apart."""
+    """Evaluates the models of one seed; `models` by the names of `NAMES`, π̄ apart. What came out
+    of a stage that was not run (distilled, preferred) may be absent."""
     inputs = {k: v for k, v in vars(config).items() if k not in ("run", "search", "json")}
     inputs |= {"tasks": tasks.fingerprint, "text": text.fingerprint}
     inputs |= {name: done.fingerprint for name, done in models.items()}
 
     def work(out: Path) -> None:
-        loaded = {name: load(done.path / MODEL) for name, done in models.items()}
+        loaded = {
+            name: load(done.path / MODEL, int8=config.int8 and name == "large")
+            for name, done in models.items()
+        }
         check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         tokenizer = Tokenizer.load(text.path / "tokenizer")
         players = _players(loaded, config)
         # Each model's plans, questions of a kind and probe are a unit that one process does.
         units: dict[str, Callable[[], Any]] = {}
         units |= _plans(players, tokenizer, tasks, text, config)
-        units |= _questions(players, tokenizer, text, config.questions)
+        units |= _questions(players, tokenizer, text, config)
         units |= _probes(loaded, tokenizer, tasks, config)
         results = divided(out / PARTS, units, at="evaluation")
         if hosts.index() > 0:
@@ -161,7 +170,7 @@ def _players(loaded: dict[str, Model], config: Config) -> dict[str, tuple[Models
     three = [loaded[name] for name in ("large", "expert", "base")]
     combine = ratio_combine(**vars(config.ratio))
     players["ratio"] = ([(m.params, m.config) for m in three], combine)
-    return {name: players[name] for name in NAMES}
+    return {name: players[name] for name in NAMES if name in players}
 
 
 def _plans(
@@ -191,7 +200,7 @@ def _plans(
             title=f"plans {NAMES[name]}",
             combine=combine,
             max_new_tokens=config.max_new_tokens,
-            rows=_ROWS,
+            rows=config.rows,
         )
         return _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
 
@@ -227,7 +236,7 @@ def _outcomes(
 
 
 def _questions(
-    players: dict[str, tuple[Models, Combine]], tokenizer: Tokenizer, text: Done, most: int
+    players: dict[str, tuple[Models, Combine]], tokenizer: Tokenizer, text: Done, config: Config
 ) -> dict[str, Callable[[], Any]]:
     """Multiple choice by length-normalised log-probability: right or wrong, per task type."""
     asked_ = load_samples(text.path / "questions.jsonl")
@@ -235,8 +244,9 @@ def _questions(
 
     def right(name: str, kind: str) -> list[bool]:
         models, combine = players[name]
-        samples = [s for s in asked_ if s.task_type == kind and s.choices][:most]
-        scores, mask = _scores(models, combine, tokenizer, samples, f"{kind} {NAMES[name]}")
+        samples = [s for s in asked_ if s.task_type == kind and s.choices][: config.questions]
+        title = f"{kind} {NAMES[name]}"
+        scores, mask = _scores(models, combine, tokenizer, samples, title, config.rows)
         answers = [(s.choices or ()).index(s.completion) for s in samples]
         return [bool(x) for x in correct(scores, np.array(answers), mask)]
 
@@ -253,6 +263,7 @@ def _scores(
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     title: str,
+    rows: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Length-normalised log-probability of each choice: float[n, most], and which are choices."""
     config = models[0][1]
@@ -264,9 +275,9 @@ def _scores(
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     logps, lengths = [], []
     with progress(title, len(pairs)) as update:
-        for start in range(0, len(pairs), _ROWS):
-            part = pairs[start : start + _ROWS]
-            batch = pad_answers(part, pad_id=config.pad_id or 0, bucket=longest, rows=_ROWS)
+        for start in range(0, len(pairs), rows):
+            part = pairs[start : start + rows]
+            batch = pad_answers(part, pad_id=config.pad_id or 0, bucket=longest, rows=rows)
             total, count = score_ensemble(models, batch.tokens, batch.mask, combine=combine)
             logps += np.asarray(total)[: len(part)].tolist()
             lengths += np.asarray(count)[: len(part)].tolist()
@@ -296,7 +307,7 @@ def _probes(
     prompts = [task.prompt(titled=False) for task in every]
 
     def curve(name: str) -> dict[str, Any]:
-        hidden = _last_hidden(loaded[name], tokenizer, prompts)
+        hidden = _last_hidden(loaded[name], tokenizer, prompts, config.rows)
         found = probe(
             hidden,
             [task.title for task in every],
@@ -311,10 +322,12 @@ def _probes(
         }
 
     names = ("base", "expert", "large", "distilled")
-    return {f"probes.{name}": functools.partial(curve, name) for name in names}
+    return {f"probes.{n}": functools.partial(curve, n) for n in names if n in loaded}
 
 
-def _last_hidden(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
+def _last_hidden(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], rows: int
+) -> np.ndarray:
     """float32[L + 1, n, D]: the residual stream at the last token of each prompt."""
     ids = [asked(model.config, tokens) for tokens in tokenizer.encode_batch(list(prompts))]
     longest = max(map(len, ids))
@@ -322,9 +335,9 @@ def _last_hidden(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> 
         lambda params, tokens: forward(params, model.config, tokens, return_hidden=True)[1]
     )
     parts = []
-    for start in range(0, len(ids), _ROWS):
-        part = ids[start : start + _ROWS]
-        tokens = np.zeros((_ROWS, longest), np.int32)
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows]
+        tokens = np.zeros((rows, longest), np.int32)
         for i, row in enumerate(part):
             tokens[i, : len(row)] = row
         last = np.array([len(row) - 1 for row in part])
@@ -359,6 +372,7 @@ def main(config: Config) -> None:
         models = {
             name: finished(config.run, f"seed{config.seed}/{stage_name}", made_by="pipeline")
             for name, stage_name in made_by.items()
+            if name not in _LATER or (config.run / f"seed{config.seed}/{stage_name}").is_dir()
         }
         search_stage(config, tasks)
         emit(*figures(stage(config, tasks, text, models), config.seed), json=config.json)

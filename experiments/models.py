@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from egjax.errors import EgjaxError
 from egjax.experience.records import Sample as Text
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import completions, generate, pad_prompts
+from egjax.lm.int8 import quantize
+from egjax.lm.params import abstract
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.checkpoint import load_params, save_params
+from egjax.train.checkpoint import load_params, read_metadata, save_params
 from egjax.train.data import Sample
 from egjax.train.layout import Layout, applied
 from egjax.train.objectives import Apply
@@ -29,6 +32,7 @@ __all__ = [
     "as_sample",
     "asked",
     "check_one_vocabulary",
+    "host_device",
     "load",
     "plans_of",
     "save",
@@ -50,14 +54,46 @@ def save(path: Path, model: Model) -> None:
     save_params(path, model.params, note)
 
 
-def load(path: Path) -> Model:
-    """Reads a model that `save` wrote."""
-    params, note = load_params(path)
+def load(path: Path, *, int8: bool = False) -> Model:
+    """Reads a model that `save` wrote.
+
+    Args:
+        path: its folder.
+        int8: its matrices in eight bits (`egjax.lm.int8`), rounded on the host: the device never
+            holds more.
+
+    Raises:
+        EgjaxError: there is none.
+    """
+    note = read_metadata(path)
     try:
-        config = LlamaConfig.from_hf(note["config"])
-        return Model(params, config, note["tokenizer"])
+        config, tokenizer = LlamaConfig.from_hf(note["config"]), note["tokenizer"]
     except KeyError as error:
         raise EgjaxError(f"not a model: no {error}", where=str(path)) from None
+    if not int8:
+        return Model(load_params(path)[0], config, tokenizer)
+    here = SingleDeviceSharding(host_device())
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract(config)
+    )
+    small = quantize(load_params(path, like)[0])
+    return Model(jax.device_put(small, jax.local_devices()[0]), config, tokenizer)
+
+
+def host_device() -> Any:
+    """The CPU, for what no accelerator shall hold.
+
+    Raises:
+        EgjaxError: JAX was told to leave it out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise EgjaxError(
+            "JAX has no CPU to read weights with",
+            where="JAX_PLATFORMS",
+            remedy="name it there, too: cuda,cpu",
+        ) from None
 
 
 def check_one_vocabulary(models: dict[str, Model]) -> None:

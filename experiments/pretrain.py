@@ -19,17 +19,19 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig, large_config, small_config
 from egjax.lm.params import init
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
+from egjax.mesh import make_mesh
 from egjax.train.data import Sample, TokenBatch, pack, split
 from egjax.train.objectives import next_token
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
-from experiments.models import Model, apply_of, asked
-from experiments.training import LogTo, Training, figures, train
+from experiments.models import Model, apply_of, asked, host_device, save
+from experiments.training import MODEL, LogTo, Training, figures, train
 
 __all__ = ["Config", "large_stage", "small_stage"]
 
@@ -50,6 +52,8 @@ class Config:
     """Hugging Face folder to start the small model from instead of random weights."""
     large_from: Path | None = None
     """Hugging Face folder to start the large model from."""
+    train: bool = True
+    """False: the models of both folders are taken as they are."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser, which keeps logits small."""
     log_to: LogTo = ()
@@ -77,10 +81,19 @@ def _stage(
 ) -> Done:
     inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
     inputs |= {"text": text.fingerprint, "z_loss": config.z_loss}
+    if not config.train:
+        inputs |= {"training": None, "z_loss": None}
+        if folder is None:
+            raise EgjaxError(f"--{name}-from is needed with --no-train")
     stage = Stage(config.run, f"seed{config.seed}/pretrain_{name}", inputs, by="all")
 
     def work(out: Path) -> None:
         tokenizer = Tokenizer.load(text.path / "tokenizer")
+        if not config.train:
+            # On the host: a large model need not fit the device in its own type.
+            mesh = make_mesh(devices=[host_device()])
+            save(out / MODEL, _start(tokenizer, size, folder, config.seed, mesh))
+            return
         model = _start(tokenizer, size, folder, config.seed)
         table = _rows(text.path / "general.jsonl", tokenizer, model.config, training.length)
         loss = next_token(apply_of(model.config, training.layout), z_loss=config.z_loss)
@@ -106,10 +119,14 @@ def _rows(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) ->
 
 
 def _start(
-    tokenizer: Tokenizer, size: Callable[[int], LlamaConfig], folder: Path | None, seed: int
+    tokenizer: Tokenizer,
+    size: Callable[[int], LlamaConfig],
+    folder: Path | None,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> Model:
     if folder is not None:
-        config, params = hf.load(folder)
+        config, params = hf.load(folder, mesh=mesh)
         theirs = Tokenizer.load(folder)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise EgjaxError(
@@ -131,11 +148,12 @@ def main(config: Config) -> None:
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         small, large = small_stage(config, text), large_stage(config, text)
-        emit(
-            *figures(small, "pretrain_small"),
-            *figures(large, "pretrain_large"),
-            json=config.json,
-        )
+        if config.train:
+            emit(
+                *figures(small, "pretrain_small"),
+                *figures(large, "pretrain_large"),
+                json=config.json,
+            )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from egjax.evals.results import (
 from egjax.evals.table import print_summary
 from experiments.common import emit, finished, note, open_run, run_main
 from experiments.evaluate import COPY, HUMAN, NAMES, SEARCH
-from experiments.training import curve
+from experiments.training import METRICS, curve
 
 __all__ = ["Config", "build"]
 
@@ -140,7 +140,7 @@ def _scores(name: str, rows: Sequence[dict[str, Any]], seed: int) -> ModelScores
 
 def _comparisons(rows: Rows, seed: int) -> list[Comparison]:
     found = []
-    for ours, theirs in _COMPARED:
+    for ours, theirs in ((a, b) for a, b in _COMPARED if a in rows and b in rows):
         for split in ("all", "seen", "unseen"):
             pairs = [
                 (a, b)
@@ -196,7 +196,8 @@ def _probes(records: Sequence[Any], seed: int) -> list[ProbeCurve]:
 
 def _examples(rows: Rows) -> list[PlanExample]:
     """Tasks of both splits, those on which models differ first; the order is the tasks' own."""
-    names = [*NAMES, SEARCH, HUMAN]
+    models = [name for name in NAMES if name in rows]
+    names = [*models, SEARCH, HUMAN]
 
     def column(name: str, i: int) -> PlanColumn:
         row = rows[name][i]
@@ -204,7 +205,7 @@ def _examples(rows: Rows) -> list[PlanExample]:
         return PlanColumn(_LABELS[name], steps, row["satisfied"], row["goals"], row["solved"])
 
     count = len(rows[HUMAN])
-    differ = [len({rows[name][i]["solved"] for name in NAMES}) > 1 for i in range(count)]
+    differ = [len({rows[name][i]["solved"] for name in models}) > 1 for i in range(count)]
     order = sorted(range(count), key=lambda i: not differ[i])
     chosen: list[int] = []
     for split in ("seen", "unseen"):
@@ -226,9 +227,10 @@ def build(config: Config) -> Results:
     seed = config.seeds[0]
     records = [_read(config.run / f"seed{s}/evaluate") for s in config.seeds]
     fixed = _read(config.run / "held_out_search")
+    models = [name for name in NAMES if name in records[0]["plans"]]
     rows: Rows = {
         name: [row for record in records for row in record["plans"][name]]
-        for name in (*NAMES, COPY)
+        for name in (*models, COPY)
     }
     # Search and human programs do not depend on a seed; they stand beside each one's rows.
     rows |= {name: fixed["plans"][name] * len(records) for name in (SEARCH, HUMAN)}
@@ -244,13 +246,13 @@ def build(config: Config) -> Results:
                 clusters=[row["task"] for row in rows[name]],
             ),
         )
-        for name in (*NAMES, COPY, SEARCH)
+        for name in (*models, COPY, SEARCH)
     )
     return Results(
         title=config.title,
         manifest=_manifest(config),
         setting=_setting(tasks, config),
-        models=tuple(_scores(name, rows[name], seed) for name in (*NAMES, SEARCH, COPY, HUMAN)),
+        models=tuple(_scores(name, rows[name], seed) for name in (*models, SEARCH, COPY, HUMAN)),
         comparisons=tuple(_comparisons(rows, seed)),
         questions=tuple(_questions(records, seed)),
         by_steps=curves,
@@ -279,6 +281,8 @@ def _training(config: Config) -> list[TrainingCurve]:
     found = []
     for stage, label in _CURVES.items():
         path = config.run / f"seed{config.seeds[0]}" / stage
+        if not (path / METRICS).is_file():  # not run, or a model taken as it was
+            continue
         steps, values = curve(path, "loss")
         found.append(TrainingCurve(label, "loss", tuple(steps), tuple(values)))
     return found
@@ -300,7 +304,8 @@ def _manifest(config: Config) -> Manifest:
     """What was run, with the time of every stage."""
     names = ["tasks", "collect", "text", "held_out_search"]
     for seed in config.seeds:
-        names += [f"seed{seed}/{name}" for name in (*_CURVES, "evaluate")]
+        every = [f"seed{seed}/{name}" for name in (*_CURVES, "evaluate")]
+        names += [name for name in every if (config.run / name).is_dir()]
     stages = []
     for name in names:
         done = finished(config.run, name, made_by="pipeline")

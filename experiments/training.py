@@ -18,12 +18,11 @@ from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.files import written_here
-from egjax.lm import peft
+from egjax.lm import int8, params, peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig, merge
 from egjax.lm.lora import init as init_adapter
 from egjax.lm.lora import shardings as adapter_shardings
-from egjax.lm.params import shardings
 from egjax.mesh import batch_sharding, make_mesh, place
 from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
@@ -38,6 +37,7 @@ from experiments.models import Model, save
 
 __all__ = [
     "ADAPTER",
+    "METRICS",
     "MODEL",
     "LogTo",
     "Training",
@@ -53,7 +53,8 @@ MODEL = "model"
 """Folder of the model in a stage's outputs."""
 ADAPTER = "adapter"
 """Folder of the adapter, where one was trained."""
-_CURVE = "metrics.jsonl"
+METRICS = "metrics.jsonl"
+"""File with what a stage logged."""
 LogTo = tuple[Literal["tensorboard", "wandb"], ...]
 """Where the log goes beside its JSON lines."""
 
@@ -211,7 +212,8 @@ def mesh_for(config: Training) -> Mesh:
 
 def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
-    return place(model.params, shardings(model.config, mesh))
+    table = int8.table if int8.is_quantized(model.params) else params.table
+    return place(model.params, params.placements(table(model.config), mesh))
 
 
 def gathered(params: Any) -> Any:
@@ -229,7 +231,7 @@ def gathered(params: Any) -> Any:
 
 def figures(done: Done, stage: str) -> list[Figure]:
     """What a training stage logged last: losses, accuracies, norms, rate."""
-    rows = [json.loads(line) for line in (done.path / _CURVE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (done.path / METRICS).read_text().splitlines()]
     last, count = rows[-1], rows[-1]["step"]
     units = {"steps_per_second": "1/s", "tokens_per_second": "tokens/s"}
     units |= dict.fromkeys(("accuracy", "teacher_accuracy", "mfu"), "fraction")
@@ -242,6 +244,6 @@ def figures(done: Done, stage: str) -> list[Figure]:
 
 def curve(path: Path, quantity: str) -> tuple[Sequence[int], Sequence[float]]:
     """Steps and values of a logged quantity of a training stage."""
-    rows = [json.loads(line) for line in (path / _CURVE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
     rows = [row for row in rows if quantity in row]
     return [row["step"] for row in rows], [row[quantity] for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count
 from egjax.train.objectives import TOKENS_A_DEVICE
 
-__all__ = ["Cost", "cache_bytes", "cost", "memory", "state_bytes"]
+__all__ = ["Cost", "cache_bytes", "cost", "memory", "state_bytes", "table_bytes"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ def _attention(config: LlamaConfig, keys: float) -> float:
     return 4.0 * config.num_layers * config.num_heads * config.head_dim * keys
 
 
+def table_bytes(table: dict[str, Any]) -> float:
+    """Bytes of all tensors of a table (`egjax.lm.params.table`, `egjax.lm.int8.table`)."""
+    return float(sum(prod(s.shape) * _size(s.dtype) for s in jax.tree.leaves(table)))
+
+
 def _frozen_bytes(config: LlamaConfig, case: Case) -> float:
-    specs = jax.tree.leaves(frozen_table(config, case))
-    return float(sum(prod(s.shape) * _size(s.dtype) for s in specs))
+    return table_bytes(frozen_table(config, case))
 
 
 def _matrix_bytes(config: LlamaConfig, case: Case) -> float:

@@ -17,7 +17,7 @@ from egjax.lm import params as full
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params, Spec
 
-__all__ = ["quantize", "table"]
+__all__ = ["is_quantized", "quantize", "table"]
 
 INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
 """Axes that each matrix of the layers sums over; they stand behind that of the layers."""
@@ -41,6 +41,11 @@ def quantize(params: Params) -> Params:
         layers[name] = jnp.round(matrix / divisor).astype(jnp.int8)
         layers[f"{name}_scale"] = scale
     return {**params, "layers": layers}
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether these are parameters that `quantize` gave."""
+    return "query_scale" in params["layers"]
 
 
 def table(config: LlamaConfig) -> dict[str, Any]:

@@ -147,9 +147,12 @@ def placed_step(
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Rounds floating-point weights to a type; those that have it are not copied."""
+    """Rounds floating-point weights to a type; those that have it are not copied, and scales of
+    `egjax.lm.int8` stay: rounded, they would put a whole channel off."""
 
-    def one(x: jax.Array) -> jax.Array:
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        if str(getattr(path[-1], "key", "")).endswith("_scale"):
+            return x
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype else x
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)

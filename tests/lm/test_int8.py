@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from egjax.lm import int8
+from egjax.lm.ensemble import read
 from egjax.lm.generate import generate, pad_prompts
 from egjax.lm.model import forward
+from egjax.lm.ratio import ratio_combine
 
 
 def test_each_entry_is_off_by_half_a_step_at_most(params, config):
@@ -45,3 +49,23 @@ def test_decoding_takes_them(params, config):
     found = generate(models, prompts, jax.random.key(0), max_new_tokens=4, temperature=0.0)
     assert found.mask[:, 0].all()
     assert jnp.isfinite(found.logps).all()
+
+
+def test_pi_bar_of_a_rounded_large_model_stays_close(config, make_params, tokens):
+    small = replace(config, num_layers=1)
+    large = make_params(config, scale=0.3)
+    others = [(make_params(small, seed, scale=0.3), small) for seed in (1, 2)]
+
+    def logps(large):
+        models = [(large, config), *others]
+        found = tuple(read(p, c, tokens)[0][0] for p, c in models)
+        return jax.nn.log_softmax(ratio_combine()(found))
+
+    exact, rounded = logps(large), logps(int8.quantize(large))
+    off = jnp.abs(rounded - exact)
+    # Nats, of 1,440 log-probabilities that spread by 2.8; bfloat16 weights are off by half as much.
+    assert jnp.std(exact) > 2
+    assert 1e-3 < off.mean() < 0.05
+    assert off.max() < 0.6
+    assert (jnp.exp(exact) * (exact - rounded)).sum(-1).mean() < 2e-3
+    np.testing.assert_array_equal(exact.argmax(-1), rounded.argmax(-1))
