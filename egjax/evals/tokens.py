@@ -157,7 +157,7 @@ def as_table(steps: Sequence[Step], *, title: str | None = None, width: int | No
     runs = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step.token)]
     tokens = [run[0].token + (f" ×{len(run)}" if len(run) > 1 else "") for run in runs]
     names = list(steps[0].choices) if steps else []
-    table.add_column("token", no_wrap=True)
+    table.add_column("token", no_wrap=True, min_width=len("token"))
     for name in names:
         table.add_column(f"{name} %", no_wrap=True)
     room = math.inf

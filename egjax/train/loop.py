@@ -89,12 +89,10 @@ def fit(
     A resumed run equals an uninterrupted one: state, data and key are those of the step at which
     it was left.
 
-    Whatever ends the process, and whenever (SIGKILL, a host that is taken away), at most
-    `save_every` steps have to be run again. A checkpoint counts once it is whole, and it is written
-    while training goes on. So one is begun every h = ⌈save_every / 2⌉ steps, which leaves the rest
-    of the interval to write it in; and before a step that would be more than `save_every` after the
-    last whole one, the loop waits for the one that is being written. There always is such a one:
-    it was begun less than h ≤ `save_every` steps ago, so after the last whole one.
+    Whatever ends the process, and whenever (SIGKILL, a host taken away), at most `save_every` steps
+    have to be run again. A checkpoint counts once it is whole, and is written while training goes
+    on: one is begun every h = ⌈save_every / 2⌉ steps, and before a step that would be more than
+    `save_every` after the last whole one the loop waits for the one that is being written.
 
     Args:
         state: where to start; consumed.
@@ -104,14 +102,13 @@ def fit(
         key: of the whole run; the step folds its number in. It is kept with the checkpoints, and
             a resumed run goes on with the one that it began with.
         frozen: passed on to `step`.
-        directory: for checkpoints (`directory/checkpoints`) and `directory/metrics.jsonl`; None
-            keeps nothing.
-        save_every: at most this many steps are lost, see above; at least 1. With 1 no step is run
-            while a checkpoint is written. The two latest are kept.
+        directory: for `checkpoints` and `metrics.jsonl`; None keeps nothing.
+        save_every: at most this many steps are lost; with 1 none is run while a checkpoint is
+            written. The two latest are kept.
         log_every: steps between two lines of metrics; the host waits for the device then only.
         on_log: called with the step and its metrics at those times.
-        stop: its truth is looked at after every step; once true, the state is saved and the run
-            left, see `egjax.train.signals.stop_on_signals`.
+        stop: once true after a step, the state is saved and the run left, see
+            `egjax.train.signals.stop_on_signals`.
         title: for the progress display.
         work: of a batch; adds `tokens_per_second` to the log, and with `peak` `mfu`, the share of
             the peak that the formula's operations take (model FLOPs utilisation, Chowdhery et al.

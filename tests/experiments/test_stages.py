@@ -91,6 +91,7 @@ def test_every_script_tells_its_options():
         "common",
         "data",
         "experience",
+        "lease",
         "models",
         "own",
         "shards",
