@@ -162,8 +162,8 @@ def as_table(steps: Sequence[Step], *, title: str | None = None, width: int | No
         table.add_column(f"{name} %", no_wrap=True)
     room = math.inf
     if width is not None and names:
-        # Each column has two letters of padding, the table one at either side.
-        room = (width - max(map(len, tokens)) - 4) // len(names) - 2
+        # A column has two letters of padding and one between it and the next.
+        room = (width - max(map(len, tokens)) - 4) // len(names) - 3
     for token, (step, *_) in zip(tokens, runs):
         cells = [_cell(step, name, room, text) for name in names]
         table.add_row(text(token, style="bold"), *cells)
