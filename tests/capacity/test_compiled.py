@@ -1,9 +1,5 @@
 """The real TPU compiler, where it is installed; its absence, where it is not."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -68,25 +64,8 @@ for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(shown.state), stri
 """
 
 
-def _specs(request):
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDINGS],
-        cwd=request.path.parent,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "PYTHONPATH": str(request.config.rootpath),
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_the_sharding_that_a_plan_shows_is_that_of_training(request):
-    specs = _specs(request)
+def test_the_sharding_that_a_plan_shows_is_that_of_training(on_devices):
+    specs = on_devices(SHARDINGS, 4).splitlines()
     assert "P(None, 'data', 'model')" in [s.replace("PartitionSpec(", "P(") for s in specs]
     assert len(specs) > 30
 

@@ -1,9 +1,5 @@
 """A step whose matrices are split over both axes of a mesh never holds one of them whole."""
 
-import os
-import subprocess
-import sys
-
 SCRIPT = """
 import math, re
 from egjax.capacity.hlo import collectives
@@ -26,17 +22,5 @@ for one in collectives(text, 8):
 """
 
 
-def test_no_matrix_is_gathered_whole(request):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(request.config.rootpath),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == ""
+def test_no_matrix_is_gathered_whole(on_devices):
+    assert on_devices(SCRIPT, 8) == ""

@@ -1,9 +1,5 @@
 """A Llama, its optimiser and its adapter on eight devices against one; weights read onto a mesh."""
 
-import os
-import subprocess
-import sys
-
 SCRIPT = """
 import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -91,16 +87,5 @@ for shared in (2, 3):
 """
 
 
-def test_eight_devices_equal_one(request, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(request.config.rootpath),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_eight_devices_equal_one(on_devices, tmp_path):
+    on_devices(SCRIPT, 8, str(tmp_path))

@@ -1,9 +1,5 @@
 """The optimiser and one step."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,17 +195,5 @@ assert len(moments) == 2 and all(x.addressable_shards[0].data.shape == (4, 4) fo
 """
 
 
-def test_four_devices_equal_one_and_keep_their_shardings(request):
-    done = subprocess.run(
-        [sys.executable, "-c", MESH],
-        cwd=request.path.parent,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "PYTHONPATH": str(request.config.rootpath),
-        },
-    )
-    assert done.returncode == 0, done.stderr
+def test_four_devices_equal_one_and_keep_their_shardings(on_devices):
+    on_devices(MESH, 4)
