@@ -18,6 +18,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,7 @@ PARTS = "parts"
 """Folder in a stage's directory for what is needed until the stage is finished, see `divided`."""
 _ANYWHERE = ("run", "out")  # options of places that may be in a bucket
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 0.05  # seconds until a signal that hit a finaliser is sent again
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -78,6 +80,17 @@ class _Stopped(KeyboardInterrupt):
 
 def _stop(signum: int, _frame: object) -> NoReturn:
     raise _Stopped(signum)
+
+
+def _stop_again(unraisable: Any) -> None:
+    """`sys.unraisablehook`: Python drops what is raised in a finaliser or in a callback of its
+    garbage collector (JAX has one), also a stop; the signal is sent again a moment later."""
+    if isinstance(unraisable.exc_value, _Stopped):
+        again = threading.Timer(_AGAIN, signal.raise_signal, (unraisable.exc_value.signum,))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def run_main(
@@ -110,6 +123,7 @@ def run_main(
     )
     for signum in _SIGNALS:
         signal.signal(signum, _stop)
+    sys.unraisablehook = _stop_again
     try:
         options = tyro.cli(config, args=argv, description=help_text, prog=_command())
         options = _places(options)

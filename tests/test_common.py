@@ -45,9 +45,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def handlers_as_before():
-    """`run_main` leaves its signal handlers behind, as a program that ends there may."""
+    """`run_main` leaves its handlers behind, as a program that ends there may."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -195,6 +197,31 @@ with common.open_run(config.run) as run:
     assert "second: goes on" in err
     assert (tmp_path / "run" / "first" / "out.txt").read_text() == "whole"
     assert (tmp_path / "run" / "second" / "log.txt").read_text() == "step\nstep\n"
+
+
+@pytest.mark.parametrize("where", ["callback of the collector", "finaliser"])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(script, where):
+    body = """
+import gc, signal
+sent = []
+def send(*_):
+    if not sent:
+        sent.append(True)
+        signal.raise_signal(signal.SIGTERM)
+        [0 for _ in range(9)]  # here the handler raises
+class Finaliser:
+    __del__ = send
+if "{where}" == "finaliser":
+    Finaliser()
+else:
+    gc.callbacks.append(send)
+    gc.collect()
+time.sleep(5)
+"""
+    left, _, err = finish(script(body.replace("{where}", where)))
+    assert left == 143
+    assert err.splitlines()[-1] == "stopped; continue with the same command"
+    assert "Exception ignored" not in err
 
 
 def test_a_loop_may_save_before_it_stops(script, tmp_path):
