@@ -94,20 +94,20 @@ def fold(
     return rest[0]
 
 
-def settle(values: Array, state: State) -> Array:
+def settle(values: Array, scene: Scene) -> Array:
     """The same values, computed once.
 
     XLA's CPU compiler fuses a gather or broadcast with what it reads, which is then computed for
     every reader, and drops optimisation barriers; it does not so with an integer division. The
     divisor is 1, which the compiler cannot know.
     """
-    one = (1 + (state.nodes[0] >> 31)).astype(values.dtype)  # no flag uses bit 31
+    one = (1 + (scene.character >> 31)).astype(values.dtype)
     return jax.lax.div(values, jnp.broadcast_to(one, values.shape))
 
 
-def _settle_all(state: State, values: Sequence[Array]) -> list[Array]:
+def _settle_all(scene: Scene, values: Sequence[Array]) -> list[Array]:
     """Numbers and bools computed once, of which a loop over nodes asks at every node."""
-    words = settle(jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in values]), state)
+    words = settle(jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in values]), scene)
     return [word.astype(jnp.asarray(x).dtype) for word, x in zip(words, values, strict=True)]
 
 
@@ -139,9 +139,10 @@ def to_lanes(rows: Array | tuple[Array, ...], of: Callable[..., Array] = lambda 
 
 
 def _stored(of: Callable[..., Array], *rows: Array) -> Array:
-    """`of(*rows)`, by halves of the first axis that are joined at last: XLA's CPU compiler stores
-    what is joined, where it computes other values anew for every reader."""
-    middle = (rows[0].shape[0] + 1) // 2
+    """`of(*rows)`, in two parts of the first axis that are joined at last: XLA's CPU compiler
+    stores what is joined, where it computes other values anew for every reader. The first part
+    comes in eights, as vector registers hold them."""
+    middle = -(-rows[0].shape[0] // 16) * 8
     halves = [row[:middle] for row in rows], [row[middle:] for row in rows]
     return jnp.concatenate([of(*half) for half in halves])
 
@@ -318,7 +319,7 @@ def _view(scene: Scene, state: State) -> _View:
     room_ids = _get(scene.ids, scene.room_node)
     key = _least(jnp.where(here, (room_ids & _modulus(members)) << 5 | numbers, _NO_KEY))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
-    *hands, room, own_hit, own_laden = _settle_all(state, (*hands, room, own_hit, own_laden))
+    *hands, room, own_hit, own_laden = _settle_all(scene, (*hands, room, own_hit, own_laden))
     door_closed = _has(_get(flags, scene.door_node), Flag.CLOSED)
     start = jnp.maximum(room, 0)
     path, doors = scene.door_path[start], _get(scene.door_node, scene.door_path, -1)[start]
@@ -329,7 +330,7 @@ def _view(scene: Scene, state: State) -> _View:
     linked = scene.connected[start].astype(jnp.uint32) << numbers.astype(jnp.uint32)
     connected = jnp.where(room >= 0, _any(linked), 0)
     reach = _reachable(scene, room, door_closed)
-    reach, connected = _settle_all(state, (reach, connected))
+    reach, connected = _settle_all(scene, (reach, connected))
     return _View(
         words=words,
         cut=cut,
@@ -482,7 +483,7 @@ def _facts(
     parents = things.parents
     inside = (parents >= 0) & ~_has(_cut(_get(state.nodes, parents)) | cut, 1 << _INSIDE)
     members = inside_later + _sum(inside.astype(jnp.int32)) + _has(flags, Flag.INSIDE_IN)
-    mask = settle(_modulus(members), state)
+    mask = settle(_modulus(members), scene)
     key = jnp.minimum(
         _least(
             (inside, things.parent_room, things.parent_id),
@@ -606,14 +607,42 @@ def _resolve(
     return jnp.where((verb == _POUR) & _trait(props, Trait.WATER), _POUR_WATER, verb)
 
 
-def _effect(rules: Rules, row: Array) -> tuple[Effect, list[Array]]:
-    """One row of the rules, effects and the order of checks; gathered at once, for a gather a
-    column costs as much for each."""
-    columns = [np.asarray(column) for column in rules.effects]
-    table = np.stack([x.astype(np.uint32) for x in (*columns, *np.asarray(rules.order).T)], axis=1)
-    numbers = jnp.asarray(table)[row]
-    effect = Effect(*(numbers[i].astype(x.dtype) for i, x in enumerate(columns)))
-    return effect, [x.astype(jnp.int32) for x in numbers[len(columns) :]]
+def _packed(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
+    """Columns of integers as uint32[V, W] and where each is: word, shift, mask, least value. A row
+    is one gather of W words, of which each costs as much as one of a column's own."""
+    places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(columns)
+    words: list[np.ndarray] = []
+    used: list[int] = []
+    lows = [int(column.min()) for column in columns]
+    widths = [(int(c.max()) - low).bit_length() for c, low in zip(columns, lows, strict=True)]
+    for i in sorted(range(len(columns)), key=lambda i: -widths[i]):
+        word = next((k for k, bits in enumerate(used) if bits + widths[i] <= 32), len(used))
+        if word == len(used):
+            words.append(np.zeros(len(columns[i]), np.uint32))
+            used.append(0)
+        words[word] |= (columns[i].astype(np.int64) - lows[i]).astype(np.uint32) << used[word]
+        places[i] = (word, used[word], (1 << widths[i]) - 1, lows[i])
+        used[word] += widths[i]
+    return np.stack(words, axis=1), places
+
+
+def _row_of(columns: Sequence[np.ndarray], row: Array) -> list[Array]:
+    """One row of integer columns, each in its own type."""
+    table, places = _packed(columns)
+    words = jnp.asarray(table)[row]
+    return [
+        ((words[word] >> shift & mask).astype(jnp.int32) + low).astype(column.dtype)
+        for column, (word, shift, mask, low) in zip(columns, places, strict=True)
+    ]
+
+
+def _effect(rules: Rules, row: Array) -> Effect:
+    """What a row of the rules does; a row after the last does nothing."""
+    ends = (
+        np.append(x, np.array(none, x.dtype))
+        for x, none in zip(rules.effects, Effect(), strict=True)
+    )
+    return Effect(*_row_of(list(ends), row))
 
 
 class Table(NamedTuple):
@@ -687,7 +716,7 @@ def look(
         back = _returnable(scene, state, view, table.things.node, rules)
         about |= jnp.where(back, jnp.uint32(1 << (Check.RETURNABLE - 32)), 0)
     # Else XLA would compute the facts anew for every action that asks for them.
-    about, as_target = settle(about, state), settle(as_target, state)
+    about, as_target = settle(about, scene), settle(as_target, scene)
     actions = table.actions
     first = _at(about, jnp.where(actions.obj >= 0, actions.obj_slot, -1))
     second = _at(as_target, jnp.where(actions.target >= 0, actions.target_slot, -1)) | character
@@ -746,7 +775,7 @@ def take(
     about = seen.about[slot]
     puts = _has(about, 1 << (Check.RETURNABLE - 32))
     row = _resolve(rules, verb, _get(scene.props, obj), about, puts, seen.character)
-    effect, _ = _effect(rules, row)
+    effect = _effect(rules, row)
     return _apply(scene, state, seen.view, effect, obj, target, stored, seen.room[slot], rules)
 
 
@@ -781,25 +810,27 @@ def step(
     puts = _has(about, 1 << (Check.HELD - 32)) & put_open
     puts &= _has(as_target, 1 << (Check.TARGET_NEAR - 64))
     row = _resolve(rules, verb, props, about, puts, character)
-    (row,) = _settle_all(state, (row,))
-    effect, order = _effect(rules, row)
-    words = _settle_all(state, (props, about, as_target | character))
+    (row,) = _settle_all(scene, (row,))
+    order = _row_of(list(rules.order.T), row)
+    words = _settle_all(scene, (props, about, as_target | character))
     code = jnp.int32(0)
     for check in reversed(order):
         word = jnp.where(check < 64, jnp.where(check < 32, words[0], words[1]), words[2])
         failed = (check >= 0) & ~_has(word >> (check & 31).astype(jnp.uint32), 1)
         code = jnp.where(failed, check + 1, code)
-    (code,) = _settle_all(state, (code,))
+    (row,) = _settle_all(scene, (jnp.where(code == 0, row, len(rules.order)),))
+    effect = _effect(rules, row)
     after = _apply(scene, state, view, effect, obj, target, stored, rooms[0], rules)
-    after = jax.tree.map(lambda new, old: jnp.where(code == 0, new, old), after, state)
     return after, code.astype(jnp.int32)
 
 
-def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
-    """uint32[N]: live edges of a node with every other, the overlay left out."""
+def _row(scene: Scene, state: State, view: _View, node: Array) -> tuple[Array, Array, Array]:
+    """uint32[N]: live edges of a node with every other, the overlay left out; the same but for
+    those with the character as lanes, and those with the character. (Of the character's own row
+    there are no lanes.)"""
     own, flags = node == scene.character, state.nodes[node]
     live = ~_cut(flags) & 255
-    own, live, to_me = _settle_all(state, (own, live * 0x01010101, swap(flags)))
+    own, live, to_me = _settle_all(scene, (own, live * 0x01010101, swap(flags)))
     lanes = scene.edges[node] & ~view.cut & live
     numbers = jnp.arange(lanes.shape[0])
     parts = []
@@ -808,7 +839,7 @@ def _row(scene: Scene, state: State, view: _View, node: Array) -> Array:
         at = numbers + k * lanes.shape[0] == scene.character
         part = jnp.where(at, to_me, lanes >> (8 * k) & 255)
         parts.append(jnp.where(own, _own(mine), part))
-    return jnp.concatenate(parts)
+    return jnp.concatenate(parts), lanes, to_me
 
 
 def _far(view: _View, node: Array) -> tuple[Array, Array, Array]:
@@ -822,10 +853,17 @@ def _far(view: _View, node: Array) -> tuple[Array, Array, Array]:
 
 
 def _origin(
-    scene: Scene, state: State, view: _View, row: Array, node: Array, rules: Rules
+    scene: Scene,
+    state: State,
+    view: _View,
+    edges: tuple[Array, Array, Array],
+    node: Array,
+    rules: Rules,
 ) -> Array:
     """Where GRAB takes a thing from, `y·4 + relation`, -1 for nowhere: the first that is no room
-    among those it is ON, then INSIDE, then CLOSE to."""
+    among those it is ON, then INSIDE, then CLOSE to. `edges` as `_row` gives them; the character
+    itself is never taken."""
+    row, lanes, to_me = edges
     far, far_word, bits = _far(view, node)
     words = view.words
 
@@ -836,7 +874,7 @@ def _origin(
     relation = jnp.where(
         _has(kinds, 1 << _ON), _ON, jnp.where(_has(kinds, 1 << _INSIDE), _INSIDE, _CLOSE)
     )
-    (relation,) = _settle_all(state, (relation,))
+    (relation,) = _settle_all(scene, (relation,))
     shift = relation.astype(jnp.uint32)
     # Bit 8 marks edges that the scene has from the start, for `Rules.new_first`.
     if rules.new_first:
@@ -846,8 +884,11 @@ def _origin(
         counted = _sum(row, lambda x: x >> shift & 1 | x >> 8)
         counted += _sum(bits, lambda x: (x >> shift & 1) & ~(x >> 8))
     else:
-        counted = _sum(row, lambda x: x >> shift & 1) + _sum(bits, lambda x: x >> shift & 1)
-    (mask,) = _settle_all(state, (_modulus(counted.astype(jnp.int32)),))
+        counted = _sum(
+            lanes, lambda x: jax.lax.population_count(x >> shift & jnp.uint32(0x01010101))
+        )
+        counted += (to_me >> shift & 1) + _sum(bits, lambda x: x >> shift & 1)
+    (mask,) = _settle_all(scene, (_modulus(counted.astype(jnp.int32)),))
 
     kept = mask.astype(jnp.uint32) << _ID | 4095
 
@@ -888,13 +929,13 @@ def _close_by(
         later = _bits(_trait(props, Trait.SURFACE), 1 << (_ON + 4)) | (1 << _INSIDE)
         asked = later | _BODY
     asked &= ~_bits(~within, 1 << _INSIDE)
-    asked, later = _settle_all(state, (_bits(walk, asked), _bits(walk, later)))
+    asked, later = _settle_all(scene, (_bits(walk, asked), _bits(walk, later)))
     wanted = (bits & outside & later) != 0
     # As words of 32 nodes first: fewer comparisons than one for every node.
     words = jnp.arange(here.shape[0] // 32)
     bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
     marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
-    marked = settle(marked, state)
+    marked = settle(marked, scene)
     marked = jnp.repeat(marked, 32) >> (here & 31).astype(jnp.uint32) & 1
     return ((row | _BODY) & counts & asked | marked) != 0
 
@@ -946,9 +987,9 @@ def _apply(
 ) -> State:
     """The state after an accepted action; `obj_room` is the number of the first argument's room."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
-    row = _row(scene, state, view, node)
+    row, *_ = edges = _row(scene, state, view, node)
     me, here = scene.character, jnp.arange(row.shape[0])
-    origin = _origin(scene, state, view, row, node, rules)
+    origin = _origin(scene, state, view, edges, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
     bond |= jnp.where((link >= 0) & effect.link_close, jnp.uint32(_BOTH_CLOSE), 0)
@@ -963,26 +1004,28 @@ def _apply(
     close = jnp.uint32(Flag.CLOSE_OUT | Flag.CLOSE_IN)
     carried = close | jnp.uint32(Flag.CUT_INSIDE | Flag.CUT_CLOSE | Flag.CUT_FACING)
     took = effect.take & (origin >= 0)
-    # What is set, and cleared, at single nodes; -1 for none.
-    at_obj = _settle_all(state, (jnp.where(obj >= 0, node, -1), set_obj, effect.clear_obj))
-    at_me = _settle_all(state, (me, effect.set_character, effect.clear_character))
-    target, set_target, left, right, came, room = _settle_all(
-        state,
+    # What is set, and cleared, at single nodes; -1 for none. Who walks neither takes a thing nor
+    # has a second argument, so what is carried has their places.
+    walk = effect.walk
+    at_obj = _settle_all(scene, (jnp.where(obj >= 0, node, -1), set_obj, effect.clear_obj))
+    at_me = _settle_all(scene, (me, effect.set_character, effect.clear_character))
+    one, other_one, set_one, set_other, room = _settle_all(
+        scene,
         (
-            jnp.where(target >= 0, other, -1),
-            effect.set_target,
-            *(jnp.where(effect.walk, hand, -1) for hand in view.hands),
-            jnp.where(took, origin >> 2, -1),
+            jnp.where(walk, view.hands[0], jnp.where(took, origin >> 2, -1)),
+            jnp.where(walk, view.hands[1], jnp.where(target >= 0, other, -1)),
+            jnp.where(walk, carried, close),
+            jnp.where(walk, carried, effect.set_target),
             room,
         ),
     )
     facing = _bits(effect.face, Flag.FACING_OUT)
-    clear_all, facing = _settle_all(state, (effect.clear_all, facing))
-    near = _close_by(scene, state, view, row, node, effect.walk, rules)
-    cleared, set_ = clear_all, _bits(near | (here == came), close)
+    clear_all, facing = _settle_all(scene, (effect.clear_all, facing))
+    near = _close_by(scene, state, view, row, node, walk, rules)
+    cleared, set_ = clear_all, _bits(near, close)
     set_ |= row & facing  # the same bit in a row and in the flags
-    set_ |= _bits((here == left) | (here == right), carried)
-    set_ |= _bits(here == target, set_target) | _bits(here == room, Flag.INSIDE_OUT)
+    set_ |= _bits(here == one, set_one) | _bits(here == other_one, set_other)
+    set_ |= _bits(here == room, Flag.INSIDE_OUT)
     for place, on, off in (at_obj, at_me):
         cleared, set_ = cleared | _bits(here == place, off), set_ | _bits(here == place, on)
     flags = state.nodes & ~cleared | set_
@@ -1014,6 +1057,6 @@ def _apply(
         state.added, view, jnp.where(cut >= 0, cut, -2), gone | gone << 4, [first, second]
     )
     place = jnp.where((obj >= 0) & (took | effect.forget), node, -1)
-    place, come = _settle_all(state, (place, jnp.where(took, origin, -1)))
+    place, come = _settle_all(scene, (place, jnp.where(took, origin, -1)))
     grabbed = jnp.where(here == place, come.astype(jnp.int16), state.grabbed)
     return State(flags, added, grabbed, state.overflow | overflow)

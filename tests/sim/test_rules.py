@@ -97,6 +97,11 @@ def test_every_row_has_known_checks_and_messages(name):
         for check in rules.order[verb][rules.order[verb] >= 0]:
             assert reason(verb, int(check) + 1)
             assert check in {*Check, *Trait}
+    walks = rules.effects.walk
+    assert walks.any()
+    # A step keeps what is set at single nodes in places that these share.
+    assert not (rules.effects.take | (rules.effects.set_target != 0))[walks].any()
+    assert not any(VERBS[v].arity > 1 for v in np.flatnonzero(walks[: len(VERBS)]))
 
 
 def outcome(home, plan, name):
