@@ -246,8 +246,13 @@ def _join() -> None:
     mode = os.environ.get("EGJAX_MULTI_HOST", "")
     if mode in ("", "0") or (mode == "auto" and None in hosts.find()):
         return
+    # JAX's collectives on CPUs (Gloo) write to file 1, which is for results: they get our errors'.
+    sys.stdout.flush()
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if hosts.start_hosts() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results)
+    sys.stdout = open(results, "w", encoding=sys.stdout.encoding)  # noqa: SIM115  (to the end)
 
 
 def _leave(code: int, line: str) -> None:
