@@ -28,7 +28,8 @@ from egjax.experience.tfds import read
 from experiments.models import load
 
 KILLS = int(os.environ.get("EGJAX_KILLS", "4"))
-COUNT, EVERY, STEPS = 2, 5, 99
+COUNT, EVERY = 2, 5
+STEPS = 9 + 9 * KILLS  # few are struck before the training, and then one in some eight steps
 TRAINING = "seed0/pretrain_small"
 
 
