@@ -188,13 +188,33 @@ def memory(case: Case, data: int, model: int) -> dict[str, float]:
     copies = count(config) / chips * (width if wide > width else 0)
     out["gradients"] = count(config) * wide / chips
     out["activations"] = config.num_layers * _kept(case, tokens, model) + layer + copies
-    chunk = min(tokens, TOKENS_A_DEVICE) if case.layout.chunked else tokens
-    tables = (1 + len(case.frozen)) * _head(config) * width / model
     arrays = {"sft": 1, "dpo": 2, "distill": 2}[case.stage]
-    out["logits"] = arrays * chunk * config.vocab_size / model * 4
-    out["logits"] += tables + _head(config) * 4 / model if case.layout.chunked else 0.0
+    logits = arrays * tokens * config.vocab_size / model * 4
+    out["logits"] = _chunked_losses(case, tokens, data, model) if case.layout.chunked else logits
     out["caches"] = 0.0
     return out
+
+
+def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
+    """Bytes a chip of losses in chunks (`egjax.losses.chunked`) beyond the gradients: logits,
+    gathered unembeddings, and the unembedding's gradient before the chips' are added up."""
+    config, width = case.model, _size(case.model.dtype)
+    split = 1 if config.vocab_size % model else model
+    place = split == 1 and tokens <= config.hidden_size  # in the place of the gradient
+    entry = width if place and tokens <= config.hidden_size // 2 else 4
+    table = _head(config) / split
+    gradient = table * (entry + (width if width < 4 else 0))  # as it is summed, as it is rounded
+    if case.stage == "dpo":  # another one of the KL to the initial policy
+        gradient += table * (entry if place else width)
+    if data == 1:  # one is counted among the gradients
+        gradient = max(0.0, gradient - table * _size(case.layout.master or config.dtype))
+    tables = (1 + len(case.frozen)) * table * width if data > 1 else 0.0
+    # Of a teacher, then of the student, which has none of its own in the gradient's place.
+    arrays = {"sft": 0, "dpo": 1, "distill": 2}[case.stage]
+    if not place:
+        arrays = 1 if case.stage == "sft" else 2
+    logits = arrays * min(tokens, TOKENS_A_DEVICE) * config.vocab_size / split * 4
+    return logits + tables + gradient
 
 
 def cost(case: Case, data: int, model: int) -> Cost:

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from egjax.capacity import formula
-from egjax.capacity.stages import Case, program
+from egjax.capacity.stages import Case, _loss, program
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import REMAT
 from egjax.mesh import make_mesh
@@ -38,6 +38,43 @@ def test_policies_keep_and_compute_again_what_the_formula_says():
         fewer = flops["full"] - flops[policy]
         expected = flops_by_formula["full"] - flops_by_formula[policy]
         assert expected == pytest.approx(fewer, rel=0.05), policy
+
+
+WIDTH, VOCABULARY = 128, 131_072
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "tokens"),
+    [
+        ("sft", "float32", WIDTH),  # in the gradient's place
+        ("sft", "float32", 2 * WIDTH),  # a few tokens at a time
+        ("sft", "bfloat16", WIDTH // 2),
+        ("sft", "bfloat16", WIDTH),
+        ("sft", "bfloat16", 2 * WIDTH),
+        ("distill", "float32", WIDTH),
+    ],
+)
+def test_losses_in_chunks_take_what_the_formula_says(stage, dtype, tokens):
+    config = LlamaConfig(
+        VOCABULARY, WIDTH, 64, 1, 1, 1, 8, max_seq_len=512, tie_embeddings=False, dtype=dtype
+    )
+    case = Case(stage, config, config, 1, tokens, layout=Layout(remat="full", chunked=True))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state, batch, key, frozen = program(case, mesh).arguments
+    loss = _loss(case)
+
+    def gradient(table, params, batch, key, frozen):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(lambda t: loss(params | {"unembedding": t}, batch, key, frozen)[0])(
+                table
+            )
+
+    step = jax.jit(gradient).lower(state.params["unembedding"], state.params, batch, key, frozen)
+    found = step.compile().memory_analysis().temp_size_in_bytes
+    expected = formula.memory(case, 1, 1)["logits"]
+    # In tables of one byte an entry; the rest is blocks of columns and the model.
+    table = WIDTH * VOCABULARY
+    assert found / table == pytest.approx(expected / table, abs=0.6)
 
 
 QUERY, KEY, LAST = 64 * 96, 64 * 32, 64 * 192  # weights of a layer: query and output, key, down
