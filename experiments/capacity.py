@@ -28,6 +28,7 @@ from egjax.capacity.stages import Case
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe
+from egjax.lm.model import Remat
 from egjax.train.layout import Layout
 from experiments.common import atomic_path, emit, note, run_main
 
@@ -60,8 +61,8 @@ class Config:
     """Chips, e.g. v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8."""
     model_parallel: int | None = None
     """Chips that share each matrix; None takes the fewest that fit by formula."""
-    remat: bool = True
-    """Recompute layers in the backward pass."""
+    remat: Remat = "full"
+    """What of a layer is kept for the backward pass, from all of it to its input alone."""
     chunked: bool = True
     """Losses in chunks."""
     master: Literal["float32", "bfloat16"] = "float32"
@@ -121,7 +122,7 @@ def plan_of(config: Config) -> Plan:
         why = "asked for" if config.compile == "never" else "no TPU compiler for it here"
         note(
             f"by formula ({why}): memory is an estimate; on the plans of docs/pod.md the compiler "
-            "wanted 0.9 to 1.7 times its activations, logits and caches"
+            "wanted 0.8 to 2.0 times its gradients, activations, logits and caches"
         )
         return formula_plan(case, topology, data, model)
     note(f"compiling {config.stage} of {config.model} for {topology.name}, {data} × {model}")

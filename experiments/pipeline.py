@@ -159,7 +159,7 @@ def card() -> Plan:
                 16,
                 2048,
                 2e-5,
-                layout=Layout(remat=True, chunked=True, master="float32", accumulate=2),
+                layout=Layout(remat="full", chunked=True, master="float32", accumulate=2),
             )
         ),
         distill=None,

@@ -94,13 +94,70 @@ def cache_bytes(case: Case) -> float:
     )
 
 
+def _form(case: Case, length: int) -> str:
+    """The form of attention, see `egjax.lm.attention.FORMS`."""
+    form = case.layout.attention if case.stage != "decode" else "auto"
+    if form != "auto":
+        return form
+    return "dense" if length**2 <= DENSE_SCORES else "chunked"
+
+
 def _queries(case: Case, length: int) -> int:
     """Queries of a head whose scores exist at once; none for kernels that keep them on the chip."""
-    form = case.layout.attention if case.stage != "decode" else "auto"
-    if form in ("splash", "cudnn"):
-        return 0
-    dense = form == "dense" or (form == "auto" and length**2 <= DENSE_SCORES)
-    return length if dense else min(length, CHUNK)
+    sizes = {"dense": length, "chunked": min(length, CHUNK)}
+    return sizes.get(_form(case, length), 0)
+
+
+def _kept(case: Case, tokens: float, model: int) -> float:
+    """Bytes a chip that a layer keeps for the backward pass, under the policy of the layout.
+
+    What the names in `egjax.lm.model.trunk` stand for; with `"none"` all that derivatives ask for:
+    of a norm its input in float32 and what it gives before and after its weight, of the MLP what
+    two matrices and the sigmoid give, and three products of these.
+    """
+    config, remat, length = case.model, case.layout.remat, case.length
+    width = _size(config.dtype)
+    # Between layers the stream is split along its length.
+    shares = model if length % model == 0 else 1
+    stream = tokens * config.hidden_size
+    if remat == "full":
+        return stream * width / shares
+    heads = tokens * config.num_heads * config.head_dim / model
+    if remat == "attention":
+        return (stream / shares + heads) * width
+    parts = model if config.num_kv_heads % model == 0 else 1
+    attention = 2 * heads + 2 * tokens * config.num_kv_heads * config.head_dim / parts
+    mlp = tokens * config.intermediate_size / model
+    if remat == "selective":
+        return (stream / shares + attention + 2 * mlp) * width
+    norms = 2 * (stream / shares * (4 + width) + stream * width)
+    scores = 0.0
+    if _form(case, length) == "dense":
+        # Exponentials in float32, shares in the model's type.
+        scores = tokens * length * config.num_heads / model * (4 + width)
+    return norms + scores + (attention + 6 * mlp) * width
+
+
+def _again(case: Case) -> tuple[float, int]:
+    """Of a layer and token, what the backward pass computes again: weights that are multiplied, and
+    products of attention (scores, mixture).
+
+    The MLP's last matrix is not among them: no derivative asks for what it gives.
+    """
+    config, remat, form = case.model, case.layout.remat, _form(case, case.length)
+    # The chunked form never keeps its scores.
+    products = 1 if form == "chunked" else 0
+    if remat == "none":
+        return 0.0, products
+    # The derivative of a kernel needs more of its forward pass than what it gives.
+    if remat == "full" or form in ("splash", "cudnn"):
+        products += 2
+    elif form == "dense":
+        products += 1
+    if remat == "selective":
+        return float(config.hidden_size * config.num_heads * config.head_dim), products
+    last = config.hidden_size * config.intermediate_size
+    return _trunk(config) / config.num_layers - last, products
 
 
 def memory(case: Case, data: int, model: int) -> dict[str, float]:
@@ -128,20 +185,36 @@ def memory(case: Case, data: int, model: int) -> dict[str, float]:
         out |= {"gradients": 0.0, "activations": layer, "logits": 0.0, "caches": caches}
         return out
     wide = _size(case.layout.master or config.dtype)
-    # Between layers the stream is split along its length.
-    kept = stream / (model if length % model == 0 else 1)
-    if not case.layout.remat:
-        kept += 5 * stream + 2 * scores + mlp
     copies = count(config) / chips * (width if wide > width else 0)
     out["gradients"] = count(config) * wide / chips
-    out["activations"] = config.num_layers * kept + layer + copies
-    chunk = min(tokens, TOKENS_A_DEVICE) if case.layout.chunked else tokens
-    tables = (1 + len(case.frozen)) * _head(config) * width / model
+    out["activations"] = config.num_layers * _kept(case, tokens, model) + layer + copies
     arrays = {"sft": 1, "dpo": 2, "distill": 2}[case.stage]
-    out["logits"] = arrays * chunk * config.vocab_size / model * 4
-    out["logits"] += tables + _head(config) * 4 / model if case.layout.chunked else 0.0
+    logits = arrays * tokens * config.vocab_size / model * 4
+    out["logits"] = _chunked_losses(case, tokens, data, model) if case.layout.chunked else logits
     out["caches"] = 0.0
     return out
+
+
+def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
+    """Bytes a chip of losses in chunks (`egjax.losses.chunked`) beyond the gradients: logits,
+    gathered unembeddings, and the unembedding's gradient before the chips' are added up."""
+    config, width = case.model, _size(case.model.dtype)
+    split = 1 if config.vocab_size % model else model
+    place = split == 1 and tokens <= config.hidden_size  # in the place of the gradient
+    entry = width if place and tokens <= config.hidden_size // 2 else 4
+    table = _head(config) / split
+    gradient = table * (entry + (width if width < 4 else 0))  # as it is summed, as it is rounded
+    if case.stage == "dpo":  # another one of the KL to the initial policy
+        gradient += table * (entry if place else width)
+    if data == 1:  # one is counted among the gradients
+        gradient = max(0.0, gradient - table * _size(case.layout.master or config.dtype))
+    tables = (1 + len(case.frozen)) * table * width if data > 1 else 0.0
+    # Of a teacher, then of the student, which has none of its own in the gradient's place.
+    arrays = {"sft": 0, "dpo": 1, "distill": 2}[case.stage]
+    if not place:
+        arrays = 1 if case.stage == "sft" else 2
+    logits = arrays * min(tokens, TOKENS_A_DEVICE) * config.vocab_size / split * 4
+    return logits + tables + gradient
 
 
 def cost(case: Case, data: int, model: int) -> Cost:
@@ -163,8 +236,9 @@ _FROZEN_PRODUCTS = {"sft": 0, "dpo": 2, "distill": 1}
 def _cost(case: Case, data: int, model: int) -> Cost:
     config, chips = case.model, data * model
     tokens = case.batch * case.length * (2 if case.stage == "dpo" else 1)
-    passes = 4 if case.layout.remat else 3
-    flops = passes * (2.0 * _trunk(config) + _attention(config, case.length))
+    flops = 3 * (2.0 * _trunk(config) + _attention(config, case.length))
+    again, products = _again(case)
+    flops += 2.0 * config.num_layers * again + products / 2 * _attention(config, case.length)
     flops += _HEAD_PRODUCTS[case.stage] * 2.0 * _head(config)
     useful = 3 * (2.0 * (_trunk(config) + _head(config)) + _attention(config, case.length / 2))
     for other in case.frozen:
@@ -185,8 +259,10 @@ def _step_traffic(case: Case, data: int, model: int) -> float:
     width, wide = _size(config.dtype), _size(layout.master or config.dtype)
     tokens = case.batch * case.length * (2 if case.stage == "dpo" else 1) / data
     total = 8.0 * count(config) * wide / (data * model)  # weights, moments, gradients in and out
-    passes = [(config, 4 if layout.remat else 3), *((c, 1) for c in case.frozen)]
-    for c, times in passes:
+    again, products = _again(case)
+    again *= config.num_layers / _trunk(config)
+    passes = [(config, 3 + again, 3 + products / 2), *((c, 1, 1) for c in case.frozen)]
+    for c, times, squares in passes:
         total += layout.accumulate * times * _trunk(c) / model * width
         inner = 8 * c.num_heads * c.head_dim + 6 * c.intermediate_size
         layer = 12 * c.hidden_size + inner / model
@@ -194,7 +270,7 @@ def _step_traffic(case: Case, data: int, model: int) -> float:
         if _queries(case, case.length):
             # Scores written, read for the softmax, shares written and read.
             scores = tokens * case.length * c.num_heads / model * (8 + 2 * width)
-            total += times * c.num_layers * scores
+            total += squares * c.num_layers * scores
     chunks = tokens / TOKENS_A_DEVICE
     heads = _HEAD_PRODUCTS[case.stage] + len(case.frozen)
     total += heads * (chunks * _head(config) * width + 8 * tokens * config.vocab_size) / model

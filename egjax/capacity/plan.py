@@ -13,6 +13,8 @@ from egjax.capacity.compiled import Compiled, compile_for
 from egjax.capacity.formula import cache_bytes, cost, memory, state_bytes
 from egjax.capacity.stages import Case
 from egjax.errors import EgjaxError
+from egjax.lm.model import REMAT
+from egjax.train.layout import Layout
 
 __all__ = ["EFFICIENCY", "LINK_EFFICIENCY", "Plan", "compiled_plan", "formula_plan", "meshes"]
 
@@ -190,12 +192,12 @@ def _changes(
     cost least come first."""
     layout, found = case.layout, meshes(case, topology)
     parts = [n for n in (1, 2, 4, 8, 16, 32) if case.batch % (n * layout.accumulate) == 0]
+    layouts = _leaner(layout)
     if case.stage == "decode":
-        parts = [1]
-    lean = dataclasses.replace(layout, remat=True, chunked=True)
+        parts, layouts = [1], [layout]
     for batch in (case.batch, case.batch // 2, case.batch // 4):
         for part in parts:
-            for other in dict.fromkeys([layout, lean]):
+            for other in layouts:
                 for way in found:
                     rows = batch // (other.accumulate * part)
                     uneven = case.stage != "decode" and rows % way[0]
@@ -204,13 +206,23 @@ def _changes(
                     new = dataclasses.replace(other, accumulate=other.accumulate * part)
                     words = [
                         "losses in chunks" if new.chunked > layout.chunked else "",
-                        "remat" if new.remat > layout.remat else "",
+                        f"remat {new.remat}" if new.remat != layout.remat else "",
                         f"{new.accumulate} micro-batches" if part > 1 else "",
                         f"mesh data={way[0]}, model={way[1]}" if way != mesh else "",
                         f"batch {batch}" if batch != case.batch else "",
                     ]
                     changed = dataclasses.replace(case, batch=batch, layout=new)
                     yield " + ".join(filter(None, words)), changed, way
+
+
+def _leaner(layout: Layout) -> list[Layout]:
+    """A layout, then with less and less kept for the backward pass, each also with chunks."""
+    policies = list(REMAT)
+    return [
+        dataclasses.replace(layout, remat=policy, chunked=chunked)
+        for policy in policies[policies.index(layout.remat) :]
+        for chunked in dict.fromkeys([layout.chunked, True])
+    ]
 
 
 def _temporaries(kinds: dict[str, float]) -> float:

@@ -36,7 +36,7 @@ Stage = Literal["sft", "dpo", "distill", "decode"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo", "distill", "decode")
 _ANY_STEPS = 1000  # of the schedule; it changes a constant of the program
 
-LEAN = Layout(remat=True, chunked=True, master="float32")
+LEAN = Layout(remat="full", chunked=True, master="float32")
 """What large models need on any machine."""
 
 

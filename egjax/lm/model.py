@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from egjax.mesh import constrain
 
 __all__ = [
     "REMAT",
+    "Remat",
     "Trunk",
     "forward",
     "head",
@@ -56,6 +57,10 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = MappingProxyType(
 """What of a layer is kept for the backward pass, from most to least: everything; what its matrices
 and its attention give, not the scores (Korthikanti et al. 2022, arXiv 2205.05198); what attention
 gives; its input alone."""
+if TYPE_CHECKING:
+    Remat: TypeAlias = str
+else:  # for the command line, which offers the names
+    Remat = Literal[tuple(REMAT)]
 
 
 class Trunk(NamedTuple):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
-from egjax.lm.model import head, trunk, unembed
+from egjax.lm.model import REMAT, Remat, head, trunk, unembed
 from egjax.lm.params import Params, abstract, shardings
 from egjax.mesh import batch_sharding
 from egjax.train.objectives import Apply
@@ -38,7 +38,8 @@ class Layout:
     Attributes:
         model: devices that share each matrix (tensor parallelism); the others split the batch and
             the rest of every array.
-        remat: keep each layer's input alone for the backward pass and compute the layer again.
+        remat: what of a layer is kept for the backward pass, the rest being computed again: a name
+            of `egjax.lm.model.REMAT`.
         chunked: losses from hidden states in chunks; metrics that need all logits are left out.
         master: type of the trained weights and of the optimiser's moments, e.g. `"float32"` for a
             model that computes in bfloat16; None for the model's own.
@@ -47,7 +48,7 @@ class Layout:
     """
 
     model: int = 1
-    remat: bool = False
+    remat: Remat = "none"
     chunked: bool = False
     master: str | None = None
     accumulate: int = 1
@@ -57,6 +58,12 @@ class Layout:
         for name in ("model", "accumulate"):
             if getattr(self, name) < 1:
                 raise EgjaxError(f"{name} = {getattr(self, name)} of a layout is less than 1")
+        if self.remat not in REMAT:
+            raise EgjaxError(
+                f"no remat policy {self.remat!r}",
+                where="--training.layout.remat",
+                remedy=f"one of {', '.join(REMAT)}",
+            )
         if self.master not in _MASTERS:
             raise EgjaxError(
                 f"weights cannot be trained in {self.master!r}",
@@ -87,7 +94,6 @@ def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
 
     Weights of another float type are rounded to the model's, gradients come back in their own.
     """
-    remat = jax.checkpoint if layout.remat else None
 
     def apply(
         params: Params,
@@ -103,7 +109,7 @@ def applied(config: LlamaConfig, layout: Layout = Layout()) -> Apply:
             tokens,
             positions,
             segment_ids,
-            remat=remat,
+            remat=layout.remat,
             prefix_ids=prefix_ids,
             attention=layout.attention,
         ).final

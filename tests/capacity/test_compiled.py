@@ -18,7 +18,7 @@ needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not instal
 CONFIG = LlamaConfig(
     512, 256, 512, 2, 8, 8, 128, max_seq_len=512, tie_embeddings=False, dtype="bfloat16"
 )
-LAYOUT = Layout(remat=True, chunked=True, master="float32", attention="splash")
+LAYOUT = Layout(remat="full", chunked=True, master="float32", attention="splash")
 
 
 def test_what_cannot_be_compiled_for_is_told(monkeypatch):

@@ -10,7 +10,7 @@ from egjax.train.layout import Layout
 
 config = LlamaConfig(512, 64, 224, 2, 8, 8, 8, max_seq_len=256, tie_embeddings=False)
 mesh = make_mesh(data=2, model=4)
-layout = Layout(remat=True, chunked=True, attention="dense")
+layout = Layout(remat="full", chunked=True, attention="dense")
 what = program(Case("sft", config, config, 4, 128, layout=layout), mesh)
 text = what.function.lower(*what.arguments).compile().as_text()
 whole = 64 * 224  # as many entries as a matrix of the MLP; an attention matrix has 64 * 64

@@ -23,14 +23,19 @@ def call(*arguments):
 
 def test_a_gpu_is_planned_by_formula_and_the_output_says_so(tmp_path):
     out = tmp_path / "plan.json"
-    done = call("--topology", "h100:8", "--batch", "8", "--json", "--out", str(out))
+    options = ("--topology", "h100:8", "--batch", "8", "--remat", "attention")
+    done = call(*options, "--json", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "by formula (no TPU compiler for it here)" in done.stderr
     rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
     assert rows["memory"] < rows["memory_limit"]
     assert rows["memory/weights"] == pytest.approx(8.03e9 * 4 / 8 / 2**30, rel=1e-3)
     assert rows["seconds_best"] < rows["seconds_expected"]
-    assert json.loads(out.read_text())["plan"]["method"] == "formula"
+    record = json.loads(out.read_text())
+    assert record["plan"]["method"] == "formula"
+    assert record["config"]["remat"] == "attention"
+    # One row a card: of 32 layers the input and what attention gives, 4,096 numbers a token each.
+    assert rows["memory/activations"] > 32 * 2 * 4096 * 4096 * 2 / 2**30
 
 
 def test_what_does_not_fit_leaves_with_1_and_bad_input_with_2():

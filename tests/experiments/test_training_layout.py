@@ -17,7 +17,7 @@ from experiments.training import MODEL, Training, train
 
 def test_masters_chunks_and_micro_batches_train_a_bfloat16_model(tmp_path):
     config = LlamaConfig(32, 16, 32, 1, 2, 1, 8, max_seq_len=32, dtype="bfloat16")
-    layout = Layout(remat=True, chunked=True, master="float32", accumulate=2)
+    layout = Layout(remat="full", chunked=True, master="float32", accumulate=2)
     rng = np.random.default_rng(0)
     samples = [Sample(rng.integers(3, 32, 20).tolist(), [True] * 20) for _ in range(12)]
     model = Model(init(jax.random.key(0), config), config, "tokenizer")

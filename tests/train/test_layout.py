@@ -23,6 +23,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from dataclasses import replace
 from egjax.lm.config import LlamaConfig
+from egjax.lm.model import REMAT
 from egjax.lm.params import init, shardings
 from egjax.losses import dpo_paper
 from egjax.mesh import make_mesh
@@ -77,8 +78,9 @@ def run(name, mesh, layout):
 one, many = make_mesh(devices=jax.devices()[:1]), make_mesh(data=2, model=2)
 for name in sys.argv[1:]:
     want = run(name, one, Layout())
-    lean = Layout(model=2, remat=True, chunked=True, accumulate=1 if name == "dpo" else 2)
-    for layout in (Layout(model=2), lean) if name == "sft" else (lean,):
+    lean = Layout(model=2, remat="full", chunked=True, accumulate=1 if name == "dpo" else 2)
+    plain = [Layout(model=2, remat=remat) for remat in REMAT]
+    for layout in (*plain, lean) if name == "sft" else (lean,):
         got = run(name, many, layout)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), got, want)
 """
@@ -125,6 +127,8 @@ def test_masters_are_wide_and_the_model_computes_in_its_own_type():
         ({"model": 0}, "model = 0 of a layout is less than 1"),
         ({"accumulate": 0}, "accumulate = 0"),
         ({"master": "int8"}, "cannot be trained in 'int8'"),
+        ({"remat": "some"}, r"training.layout.remat: no remat policy 'some' \(one of none, sel"),
+        ({"remat": True}, "no remat policy True"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(wrong, said):
@@ -133,6 +137,6 @@ def test_layouts_that_cannot_be_are_refused(wrong, said):
 
 
 def test_one_function_for_one_layout():
-    assert applied(CONFIG, Layout(remat=True)) is applied(CONFIG, Layout(remat=True))
-    assert applied(CONFIG, Layout(remat=True)) is not applied(CONFIG, Layout())
+    assert applied(CONFIG, Layout(remat="full")) is applied(CONFIG, Layout(remat="full"))
+    assert applied(CONFIG, Layout(remat="full")) is not applied(CONFIG, Layout())
     assert masters(abstract(CONFIG), Layout()) == abstract(CONFIG)
