@@ -82,6 +82,11 @@ def _stop(signum: int, _frame: object) -> NoReturn:
     raise _Stopped(signum)
 
 
+def _ignore_signals() -> None:
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def _stop_again(unraisable: Any) -> None:
     """`sys.unraisablehook`: Python drops what is raised in a finaliser or in a callback of its
     garbage collector (JAX has one), also a stop; the signal is sent again a moment later."""
@@ -134,8 +139,7 @@ def run_main(
         sys.stdout.flush()
         hosts.finish()
     except KeyboardInterrupt as stopped:
-        for signum in _SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+        _ignore_signals()
         note("stopped; continue with the same command")
         code = 128 + getattr(stopped, "signum", signal.SIGINT)
         _leave(code, "asked to stop")
@@ -144,6 +148,8 @@ def run_main(
             raise
         code = 128 + signal.SIGPIPE
     except Exception as error:
+        if hosts.count() > 1:  # stopped here, it would wait for the others at Python's end
+            _ignore_signals()
         line = _one_line(error)
         if hosts.count() > 1 and _may_be_a_peer(error):
             note(f"error: {_first_words(error)}; looking for a process that is gone")

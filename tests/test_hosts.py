@@ -302,3 +302,15 @@ def test_an_error_of_one_process_ends_the_others_with_its_line(tmp_path):
     run = tmp_path / "run"
     assert codes(toy(run, 2, "--fail", 1), 120) == [hosts.LOST, 2], said(run)
     assert said(run).count("this one cannot") >= 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_that_leaves_does_not_keep_it(tmp_path):
+    run = tmp_path / "run"
+    processes = toy(run, 2, "--fail", 0)
+    for _ in range(round(120 / LOOK)):
+        if "error: this one cannot" in said(run):
+            break
+        time.sleep(LOOK)
+    processes[0].send_signal(signal.SIGTERM)
+    assert codes(processes, 30) == [2, hosts.LOST], said(run)
