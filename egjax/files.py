@@ -7,7 +7,10 @@ folders, no locks, no renaming and no appending: an object is there as a whole o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import logging
 import os
 import re
 import shutil
@@ -25,6 +28,7 @@ __all__ = [
     "as_path",
     "check_reach",
     "delete",
+    "from_bucket",
     "here",
     "is_remote",
     "local_copy",
@@ -34,6 +38,7 @@ __all__ = [
     "written_here",
 ]
 
+_STALLED = 60.0  # seconds without a byte after which a request to a bucket is made anew
 _REMOTE = re.compile(r"gs:/{1,2}(?=[^/])")  # pathlib takes one of the two away
 
 
@@ -68,7 +73,31 @@ def _libraries() -> tuple[Any, Any]:
         ) from None
     for name in ("gs", "gcs"):  # other processes write there, too
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    _limit_silence(fsspec.config.conf)
     return epath, fsspec
+
+
+def _limit_silence(conf: dict[str, Any]) -> None:
+    """Has a request that no byte comes of for a minute tried again, on another connection.
+
+    Neither library does so by itself: TensorStore would wait for ever where the server is silent
+    (JAX has it do this on TPUs alone), gcsfs for five minutes and then not try again.
+    """
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_STALLED:.0f}")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "256")
+    with contextlib.suppress(ImportError):  # comes with gcsfs
+        aiohttp = importlib.import_module("aiohttp")
+        wait = aiohttp.ClientTimeout(total=300.0, sock_connect=30.0, sock_read=_STALLED)
+        for name in ("gs", "gcs"):
+            conf[name].setdefault("requests_timeout", wait)
+    # It prints the trace of each request that failed, beside raising it.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def from_bucket(error: BaseException) -> bool:
+    """Whether an error comes of a bucket's client, which has classes of its own for most."""
+    clients = ("aiohttp", "fsspec", "gcsfs", "google", "requests")
+    return type(error).__module__.partition(".")[0] in clients
 
 
 def _system(place: Path) -> tuple[Any, str]:

@@ -602,27 +602,32 @@ def finish() -> None:
 
 
 def abandon(code: int, line: str) -> NoReturn:
-    """Leaves a job of several processes early, and tells the others so.
+    """Leaves a job early, from any thread, and tells the other processes so, if there are any.
 
-    JAX's own end would wait for the others, which wait for this one.
+    JAX's own end would wait for the others, which wait for this one; and Python's for threads that
+    may never end.
 
     Args:
         code: exit code; over 128 (a signal) the others unwind and leave in the same way.
         line: what to tell them.
     """
-    job = _job
-    assert job is not None
+    if _job is not None:
+        _part_from(_job, code, line)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _part_from(job: _Job, code: int, line: str) -> None:
+    """Tells the others that this process leaves."""
     job.leaving.set()
     with contextlib.suppress(Exception):
         _tell(job, job.index, code, f"{job.name(job.index)} has left: {line}")
         if code > 128:
             _part(job)
-    if job.index == 0 and code <= 128:
+    if job.index == 0 and code <= 128:  # the others read the news here
         time.sleep(3 * _BEAT)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 def _part(job: _Job) -> None:

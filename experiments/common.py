@@ -33,9 +33,19 @@ from egjax import hosts
 from egjax.errors import EgjaxError, require
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
-from egjax.files import as_path, check_reach, delete, here, is_remote, make_folder, move, sizes
+from egjax.files import (
+    as_path,
+    check_reach,
+    delete,
+    from_bucket,
+    here,
+    is_remote,
+    make_folder,
+    move,
+    sizes,
+)
 from egjax.train.signals import StopFlag
-from experiments.lease import BusyError, leased
+from experiments.lease import BusyError, leased, watched
 
 __all__ = [
     "PARTS",
@@ -329,6 +339,11 @@ def _one_line(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and "egjax[" in str(error):
         return str(error)
+    if from_bucket(error):
+        return (
+            f"the bucket does not take or give it: {_first_words(error)} "
+            "(once it does the same command goes on from what was saved)"
+        )
     full = _disk_full(error)
     if full is not None:
         return (
@@ -513,7 +528,8 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
                 where=str(run_dir),
                 remedy="let the run directory be on a file system that all hosts share",
             )
-        yield run_dir
+        with watched(run_dir, _MARKER) if is_remote(run_dir) else contextlib.nullcontext():
+            yield run_dir
         return
     check_reach(run_dir)
     marker = run_dir / _MARKER

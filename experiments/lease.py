@@ -1,8 +1,9 @@
-"""Who is at work in a run directory of a bucket, which knows no locks."""
+"""Who is at work in a run directory of a bucket, which knows no locks, and whether it answers."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -11,13 +12,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.evals.manifest import write_atomic
 
-__all__ = ["BusyError", "leased"]
+__all__ = ["BusyError", "leased", "watched"]
 
 BEAT = 5.0
 """Seconds between two signs of life of a run in a bucket."""
@@ -25,6 +27,14 @@ PATIENCE = 30.0
 """Seconds without one after which the run counts as dead."""
 SETTLE = 1.0
 """Seconds after which of two runs that began at once the one that wrote last is seen by both."""
+SILENCE = float(os.environ.get("EGJAX_BUCKET_SILENCE") or 300.0)
+"""Seconds without an answer of the bucket after which a run in it ends; `EGJAX_BUCKET_SILENCE`.
+
+Not a limit on how long a checkpoint may take: it is small requests beside it that go unanswered.
+The libraries try each request again by themselves, gcsfs for half a minute and TensorStore for a
+quarter of an hour, and what waits for them waits in turn. Five minutes outlive a storage that
+falters, and are about what a pod should wait for one that is gone.
+"""
 
 
 class BusyError(EgjaxError):
@@ -58,29 +68,76 @@ def leased(run_dir: Path, marker: str, part: str = "") -> Iterator[None]:
         raise _busy(run_dir, mine)
     if part and not every[0].exists():
         every[0].write_text("{}")  # proof of ownership
-    ended = threading.Event()
+    beats, lost = itertools.count(1), threading.Event()
 
     def beat() -> None:
-        count = 0
-        while not ended.wait(BEAT):
-            count += 1
-            with contextlib.suppress(Exception):  # the network; another beat will come through
-                if _holder(mine) not in (holder, ""):
-                    print(f"error: {_busy(run_dir, mine)}", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                mine.write_text(_sign(holder, count))
+        if _holder(mine) in (holder, ""):
+            mine.write_text(_sign(holder, next(beats)))
+        elif not lost.is_set():
+            lost.set()
+            print(f"error: {_busy(run_dir, mine)}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=beat, daemon=True, name="egjax-lease")
-    thread.start()
+    def let_go() -> None:
+        if _holder(mine) == holder:
+            mine.write_text("{}")
+
+    with _answering(run_dir, beat, let_go):
+        yield
+
+
+@contextlib.contextmanager
+def watched(run_dir: Path, marker: str) -> Iterator[None]:
+    """For a process beside the one that holds the run directory: whether the bucket answers it."""
+
+    def look() -> None:
+        _text(run_dir / marker)
+
+    with _answering(run_dir, look, look):
+        yield
+
+
+@contextlib.contextmanager
+def _answering(run_dir: Path, beat: Callable[[], None], last: Callable[[], None]) -> Iterator[None]:
+    """Asks the bucket for something every few seconds, and at the end for one thing more.
+
+    Where it does not answer for `SILENCE` the process leaves, and those of its job leave with it,
+    whatever they wait for: a checkpoint, a file, each other, or threads that keep Python alive.
+    """
+    over, answered = threading.Event(), threading.Event()
+    looks = 0  # and not seconds: where the whole machine stood still it is not the bucket
+
+    def beat_on() -> None:
+        nonlocal looks
+        while not over.wait(BEAT):
+            with contextlib.suppress(Exception):  # the network; another beat will come through
+                beat()
+                looks = 0
+
+    def watch() -> None:
+        nonlocal looks
+        while not answered.wait(BEAT):
+            looks += 1
+            if looks * BEAT > SILENCE:
+                error = EgjaxError(
+                    f"the bucket has not answered for {SILENCE:.0f} s",
+                    where=str(run_dir),
+                    remedy="once it answers the same command goes on from what was saved",
+                )
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                hosts.abandon(error.exit_code, str(error))
+
+    beating = threading.Thread(target=beat_on, daemon=True, name="egjax-lease")
+    beating.start()
+    threading.Thread(target=watch, daemon=True, name="egjax-bucket").start()
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
+        over.set()
+        beating.join()
         with contextlib.suppress(Exception):
-            if _holder(mine) == holder:
-                mine.write_text("{}")
+            last()
+            answered.set()  # else it is watched on, to the end of the process
 
 
 def _sign(holder: str, count: int) -> str:

@@ -3,6 +3,7 @@ gcp-storage-emulator, which stands in for Google's."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 from processes import LOOK, ROOT, codes, free_port, launch
 
-from egjax import files
+from egjax import files, hosts
 
 sys.path.insert(0, str(ROOT / "tests" / "experiments"))
+from test_hosts import close, weights
 from test_processes import COMMAND, agree
 
 pytestmark = [
@@ -29,10 +31,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """`gs://pail`, for this process and those it starts."""
-    port = free_port()
+@contextlib.contextmanager
+def serving(port: int, *arguments: object):
+    """The server of `fake_bucket.py`, for this process and those it starts."""
     address = f"http://localhost:{port}"
     settings = {
         "STORAGE_EMULATOR_HOST": address,  # gcsfs
@@ -44,7 +45,7 @@ def bucket():
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks over gRPC, which it has not
         "EPATH_USE_TF": "false",
     }
-    command = [sys.executable, str(ROOT / "tests" / "fake_bucket.py"), str(port)]
+    command = [sys.executable, ROOT / "tests" / "fake_bucket.py", str(port), *map(str, arguments)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, **quiet) as server:
         for name, value in settings.items():
@@ -55,21 +56,35 @@ def bucket():
                 break
             except OSError:
                 time.sleep(LOOK)
+        try:
+            yield
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """`gs://pail`."""
+    with serving(free_port()):
         yield files.as_path("gs://pail")
-        server.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The weights that one process finds on disk, undisturbed."""
+    run = tmp_path_factory.mktemp("bucket") / "alone"
+    command = ["tests/job_toy.py", "--run", str(run)]
+    assert codes(launch(command, 1, logs=run.with_suffix(".logs")), 300) == [0]
+    return weights(run)
 
 
 def said(logs: Path) -> str:
     return "".join(p.read_text() for p in sorted(logs.glob("*.err")))[-4000:]
 
 
-def test_two_processes_stop_and_one_goes_on(bucket, tmp_path):
-    from test_hosts import close, weights
-
+def test_two_processes_stop_and_one_goes_on(bucket, alone, tmp_path):
     run, logs = bucket / "toy", tmp_path / "logs"
     command = ["tests/job_toy.py", "--run", str(run)]
-    alone = [command[0], "--run", str(tmp_path / "alone")]
-    assert codes(launch(alone, 1, logs=tmp_path / "alone.logs"), 300) == [0]
     processes = launch([*command, "--pause", "0.2"], 2, logs=logs)
     for _ in range(round(300 / LOOK)):
         if "checkpoints/10/state/_METADATA" in files.sizes(run / "toy.unfinished"):
@@ -78,7 +93,33 @@ def test_two_processes_stop_and_one_goes_on(bucket, tmp_path):
     processes[0].send_signal(signal.SIGTERM)
     assert codes(processes, 120) == [143, 143], said(logs)
     assert codes(launch(command, 1, logs=logs), 300) == [0], said(logs)
-    close(files.local_copy(run), weights(tmp_path / "alone"))
+    close(files.local_copy(run), alone)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("ends", ["silent", "gone"])
+def test_a_storage_that_vanishes_in_a_save_ends_the_job_which_goes_on_once_it_is_back(
+    alone, tmp_path, ends, count
+):
+    port, run, logs = free_port(), files.as_path("gs://pail/toy"), tmp_path / "logs"
+    command, last = ["tests/job_toy.py", "--run", str(run)], run / "toy.unfinished/checkpoints/15"
+    with serving(port, tmp_path / "pail", ends, "checkpoints/20/state"):
+        processes = launch(
+            [*command, "--pause", "0.2"], count, logs=logs, EGJAX_BUCKET_SILENCE="30"
+        )
+        left = codes(processes, 300)
+    assert 2 in left, said(logs)
+    assert set(left) <= {2, hosts.LOST}
+    for log in logs.glob("*.err"):
+        told = [line for line in log.read_text().splitlines() if "error: " in line]
+        assert len(told) == 1, told
+        assert "gs://pail/toy: the bucket has not answered for 30 s" in told[0]
+        assert "same command goes on" in told[0]
+    with serving(port, tmp_path / "pail"):
+        assert "commit_success.txt" in files.sizes(last)
+        resumed = launch(command, count, logs=tmp_path / "again")
+        assert codes(resumed, 300) == [0] * count, said(tmp_path / "again")
+        close(files.local_copy(run), alone)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fsspec.exceptions import FSTimeoutError
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
@@ -130,6 +131,7 @@ def fail(error):
         (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "no space left"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), "x.json"),
         (ImportError("mctx is needed here; pip install 'egjax[search]'"), "egjax[search]"),
+        (FSTimeoutError(), "the bucket does not take or give it: FSTimeoutError (once it does"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, capsys, error, words):

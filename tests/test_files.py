@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import codes, launch
 
-from egjax import files
+from egjax import files, hosts
 from egjax.errors import EgjaxError
 from experiments import common, lease
 
@@ -170,6 +172,71 @@ def test_a_dead_run_is_followed_and_a_second_one_is_noticed(bucket, monkeypatch)
         lease.time.sleep(0.4)
     assert asked == [lease.signal.SIGTERM]
     assert "bob" in marker.read_text()  # not this run's any more
+
+
+class Left(BaseException):
+    """What `hosts.abandon` does in these tests, where a thread is to end and not the process."""
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Exit code and line of each leave."""
+    told: list[tuple[int, str]] = []
+
+    def abandon(code: int, line: str) -> None:
+        told.append((code, line))
+        raise Left
+
+    monkeypatch.setattr(lease.hosts, "abandon", abandon)
+    monkeypatch.setattr(lease.threading, "excepthook", lambda failed: None)
+    monkeypatch.setattr(lease, "SILENCE", 1.0)
+    return told
+
+
+@pytest.mark.parametrize("held", [lease.leased, lease.watched])
+@pytest.mark.parametrize("how", ["silent", "gone"])
+def test_a_bucket_that_is_gone_ends_the_run_and_one_that_falters_does_not(
+    bucket, monkeypatch, left, capsys, how, held
+):
+    asked, back = threading.Event(), threading.Event()
+
+    def answer_not(*arguments: object, **options: object) -> None:
+        asked.set()
+        if how == "silent":
+            back.wait()
+        raise OSError("connection refused")
+
+    system = type(files._system(bucket)[0])
+    answer = system._open
+    with held(bucket / "run", "marker"):
+        monkeypatch.setattr(system, "_open", answer_not)
+        asked.wait()
+        monkeypatch.setattr(system, "_open", answer)
+        back.set()
+        lease.time.sleep(1.5)
+        assert not left
+        back.clear()
+        monkeypatch.setattr(system, "_open", answer_not)
+        for _ in range(300):
+            if left:
+                break
+            lease.time.sleep(0.1)
+        monkeypatch.setattr(system, "_open", answer)
+        back.set()
+    line = "gs://pail/folder/run: the bucket has not answered for 1 s (once it answers the same"
+    assert [code for code, _ in left] == [2]
+    assert left[0][1].startswith(line)
+    assert capsys.readouterr().err.count(f"error: {line}") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_whatever_the_processes_wait_for_they_end_when_the_storage_is_gone(tmp_path, count):
+    command = ["tests/job_silent.py", str(tmp_path / "run")]
+    processes = launch(command, count, logs=tmp_path, EGJAX_BUCKET_SILENCE="2")
+    assert codes(processes, 60) == [2, hosts.LOST][:count]
+    said = [(tmp_path / f"{i}.err").read_text() for i in range(count)]
+    assert all("run: the bucket has not answered for 2 s" in one for one in said), said
+    assert count == 1 or "error: process 0 (" in said[1]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(folder):

@@ -16,7 +16,7 @@ import numpy as np
 
 from egjax import hosts
 from egjax.errors import EgjaxError, require
-from egjax.files import absolute, is_remote
+from egjax.files import absolute, from_bucket, is_remote
 
 __all__ = ["load_params", "read_metadata", "save_params"]
 
@@ -75,20 +75,26 @@ def _save(ocp: Any, checkpointer: Any, path: Path, params: Any, metadata: dict[s
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the file system (OSError) or the array storage (ValueError) refuses into a line.
+    """Turns what the file system (OSError), the array storage (ValueError) or a bucket's client
+    refuses into a line.
 
     Raises:
         EgjaxError: naming the folder and the cause.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not (isinstance(error, OSError | ValueError) or from_bucket(error)):
+            raise
         text = str(error)
         full = os.strerror(errno.ENOSPC)
+        mend = "free some space or choose another folder"
+        if is_remote(path):
+            mend = "once the bucket takes it the same command goes on"
         raise EgjaxError(
             f"cannot write: {full if full in text else _first_line(error)}",
             where=str(path),
-            remedy="free some space or choose another folder; what was saved before is kept",
+            remedy=f"{mend}; what was saved before is kept",
         ) from error
 
 
@@ -162,10 +168,11 @@ def check_shapes(params: Any, like: Any, path: Path) -> None:
 
 def unreadable(path: Path, error: Exception) -> EgjaxError:
     """What to tell of a checkpoint that cannot be read: the first line of the cause."""
+    mend = "delete it and run that stage again"
     return EgjaxError(
         f"the checkpoint cannot be read: {_first_line(error)}",
         where=str(path),
-        remedy="delete it and run that stage again",
+        remedy=f"if the bucket answers, {mend}" if is_remote(path) else mend,
     )
 
 
