@@ -106,13 +106,16 @@ def _answering(run_dir: Path, beat: Callable[[], None], last: Callable[[], None]
     """
     over, answered = threading.Event(), threading.Event()
     looks = 0  # and not seconds: where the whole machine stood still it is not the bucket
+    why = ""
 
     def beat_on() -> None:
-        nonlocal looks
+        nonlocal looks, why
         while not over.wait(BEAT):
-            with contextlib.suppress(Exception):  # the network; another beat will come through
+            try:
                 beat()
-                looks = 0
+                looks, why = 0, ""
+            except Exception as error:  # the network; another beat will come through
+                why = f": {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
 
     def watch() -> None:
         nonlocal looks
@@ -120,7 +123,7 @@ def _answering(run_dir: Path, beat: Callable[[], None], last: Callable[[], None]
             looks += 1
             if looks * BEAT > SILENCE:
                 error = EgjaxError(
-                    f"the bucket has not answered for {SILENCE:.0f} s",
+                    f"the bucket has not answered for {SILENCE:.0f} s{why}",
                     where=str(run_dir),
                     remedy="once it answers the same command goes on from what was saved",
                 )

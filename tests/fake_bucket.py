@@ -11,6 +11,7 @@ answered any more) or dies (`gone`: connections are refused).
 import os
 import sys
 import threading
+from http import HTTPStatus
 
 from gcp_storage_emulator.handlers import objects
 
@@ -25,7 +26,7 @@ def download(request, response, storage, *args, **kwargs):
     except Exception:
         generation = ""
     if generation and request.query.get("ifGenerationNotMatch") == [generation]:
-        response.status = 304
+        response.status = HTTPStatus.NOT_MODIFIED
         return
     if generation:
         response["x-goog-generation"] = generation

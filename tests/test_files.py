@@ -223,7 +223,8 @@ def test_a_bucket_that_is_gone_ends_the_run_and_one_that_falters_does_not(
             lease.time.sleep(0.1)
         monkeypatch.setattr(system, "_open", answer)
         back.set()
-    line = "gs://pail/folder/run: the bucket has not answered for 1 s (once it answers the same"
+    line = "gs://pail/folder/run: the bucket has not answered for 1 s"
+    line += ": connection refused (once" if how == "gone" else " (once it answers the same command"
     assert [code for code, _ in left] == [2]
     assert left[0][1].startswith(line)
     assert capsys.readouterr().err.count(f"error: {line}") == 1
