@@ -38,7 +38,7 @@ __all__ = [
     "written_here",
 ]
 
-_STALLED = 60.0  # seconds without a byte after which a request to a bucket is made anew
+_STALLED = 60.0  # seconds without a byte after which a request is made anew; TensorStore's, too
 _REMOTE = re.compile(r"gs:/{1,2}(?=[^/])")  # pathlib takes one of the two away
 
 
@@ -78,13 +78,10 @@ def _libraries() -> tuple[Any, Any]:
 
 
 def _limit_silence(conf: dict[str, Any]) -> None:
-    """Has a request that no byte comes of for a minute tried again, on another connection.
+    """Has gcsfs try a request again that no byte comes of, as TensorStore does by itself.
 
-    Neither library does so by itself: TensorStore would wait for ever where the server is silent
-    (JAX has it do this on TPUs alone), gcsfs for five minutes and then not try again.
+    It would wait for five minutes, and then give up.
     """
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_STALLED:.0f}")
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "256")
     with contextlib.suppress(ImportError):  # comes with gcsfs
         aiohttp = importlib.import_module("aiohttp")
         wait = aiohttp.ClientTimeout(total=300.0, sock_connect=30.0, sock_read=_STALLED)

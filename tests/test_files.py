@@ -298,6 +298,21 @@ def test_a_bucket_out_of_reach_is_told_in_a_line(bucket, monkeypatch):
         common.open_run(bucket).__enter__()
 
 
+def test_what_a_buckets_client_raises_is_told_and_nothing_is_to_be_deleted_for_it(bucket):
+    from egjax.train.checkpoint import unreadable, writing
+
+    class HttpError(Exception):
+        __module__ = "gcsfs.retry"
+
+    told = "gs://pail/folder: cannot write: Service Unavailable, 503 (once the bucket takes it the"
+    with pytest.raises(EgjaxError) as found, writing(bucket):
+        raise HttpError("Service Unavailable, 503\nbody")
+    assert str(found.value).startswith(told)
+    assert "(if the bucket answers, delete it" in str(unreadable(bucket, HttpError("503")))
+    with pytest.raises(KeyError), writing(bucket):
+        raise KeyError
+
+
 def test_weights_are_told_apart_from_a_local_folder(bucket):
     """Orbax needs a real bucket; what is not there is told all the same."""
     from egjax.train.checkpoint import load_params
