@@ -112,9 +112,9 @@ def test_a_storage_that_vanishes_in_a_save_ends_the_job_which_goes_on_once_it_is
     assert set(left) <= {2, hosts.LOST}
     for log in logs.glob("*.err"):
         told = [line for line in log.read_text().splitlines() if "error: " in line]
-        assert len(told) == 1, told
-        assert "gs://pail/toy: the bucket has not answered for 30 s" in told[0]
-        assert "same command goes on" in told[0]
+        # Before it gloo may have told of the other process, which waits for the bucket.
+        assert "gs://pail/toy: the bucket has not answered for 30 s" in told[-1], told
+        assert "same command goes on" in told[-1]
     with serving(port, tmp_path / "pail"):
         assert "commit_success.txt" in files.sizes(last)
         resumed = launch(command, count, logs=tmp_path / "again")
@@ -122,17 +122,22 @@ def test_a_storage_that_vanishes_in_a_save_ends_the_job_which_goes_on_once_it_is
         close(files.local_copy(run), alone)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_pipeline_in_a_bucket_finds_what_it_finds_on_disk(bucket, tmp_path, count):
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """The pipeline's run on disk, by one process."""
+    run = tmp_path_factory.mktemp("disk") / "run"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    one = tmp_path / "run"
-    assert (
-        subprocess.run([sys.executable, *COMMAND, one], cwd=ROOT, env=environment).returncode == 0
-    )
+    done = subprocess.run([sys.executable, *COMMAND, run], cwd=ROOT, env=environment)
+    assert done.returncode == 0
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_pipeline_in_a_bucket_finds_what_it_finds_on_disk(bucket, on_disk, tmp_path, count):
     run = bucket / f"run{count}"
     ended = codes(launch([*COMMAND, str(run)], count, logs=tmp_path / "logs"), 1800)
     assert ended == [0] * count, said(tmp_path / "logs")
-    agree(one, files.local_copy(run))
+    agree(on_disk, files.local_copy(run))
     again = launch([*COMMAND, str(run)], count, logs=tmp_path / "again")
     assert codes(again, 600) == [0] * count
     assert "starts" not in said(tmp_path / "again")  # everything is kept
