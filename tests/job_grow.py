@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egjax.search.mcts import SearchConfig
-from experiments import collect, data, pretrain, tasks, text
+from experiments import collect, data, pretrain, tasks, text, training
 from experiments.common import open_run, run_main
 from experiments.training import Training
 
@@ -25,6 +25,8 @@ class Config:
 
 def main(config: Config) -> None:
     data.find_dataset = lambda: None  # the embedded household: small arrays, read in no time
+    fit = training.fit
+    training.fit = lambda *state, **how: fit(*state, **{**how, "log_every": 1})
     with open_run(config.run) as run:
         listed = tasks.stage(tasks.Config(run=run, held_out=1))
         search = SearchConfig(simulations=16, rollouts=4)
@@ -39,8 +41,8 @@ def main(config: Config) -> None:
             listed,
             found,
         )  # fmt: skip
-        training = Training(config.steps, 4, 64, 1e-3, config.save_every)
-        pretrain.small_stage(pretrain.Config(run=run, small=training), words)
+        small = Training(config.steps, 4, 64, 1e-3, config.save_every)
+        pretrain.small_stage(pretrain.Config(run=run, small=small), words)
 
 
 if __name__ == "__main__":
