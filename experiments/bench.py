@@ -12,7 +12,7 @@ size, one panel a figure, and what differs from the newest file in `experiments/
 is worse by more than `--tolerance` (bytes: by 10 %) is named. Times of another machine say nothing:
 there only bytes and ratios to a peer of the same run are compared. A benchmark that fails is named
 at the end (exit code 1) and does not stop the others. To commit figures: `--keep NAME`, on a
-machine that does nothing else. Expected: 15 minutes on two CPU cores.
+machine that does nothing else. Expected: 10 minutes on two CPU cores.
 """
 
 from __future__ import annotations
