@@ -90,6 +90,8 @@ class Config:
         default_factory=lambda: SearchConfig(simulations=64, until_solved=True)
     )
     """The search on held-out tasks."""
+    batch: int = 20
+    """Held-out tasks searched side by side."""
     probes: ProbeConfig = field(default_factory=ProbeConfig)
     """Linear probes."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
@@ -102,12 +104,14 @@ def _held_out(tasks: Done, config: Config) -> list[HouseTask]:
 
 def search_stage(config: Config, tasks: Done) -> Done:
     """What does not depend on a trained model: search and human programs on held-out tasks."""
-    inputs = {"search": config.search, "robothow": config.robothow, "tasks": tasks.fingerprint}
+    inputs: dict[str, Any] = {"search": config.search, "batch": config.batch}
+    inputs |= {"robothow": config.robothow, "tasks": tasks.fingerprint}
 
     def work(out: Path) -> None:
         held = _held_out(tasks, config)
-        problem = Problem(held, SearchSettings().instances)
-        settings = SearchSettings(search=config.search)
+        # Rounded as the collection's are: searched alike, they need no program of their own.
+        problem = Problem(held, SearchSettings().instances, rounded=True)
+        settings = SearchSettings(search=config.search, batch=config.batch)
         found = find_plans(problem, settings, labels=False, folder=out / PARTS)
         if hosts.index() > 0:
             return
@@ -130,7 +134,7 @@ def _verdicts(problem: Problem, found: Sequence[Any]) -> list[Verdict]:
 def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> Done:
     """Evaluates the models of one seed; `models` by the names of `NAMES`, π̄ apart. What came out
     of a stage that was not run (distilled, preferred) may be absent."""
-    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "search", "json")}
+    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "search", "batch", "json")}
     inputs |= {"tasks": tasks.fingerprint, "text": text.fingerprint}
     inputs |= {name: done.fingerprint for name, done in models.items()}
 

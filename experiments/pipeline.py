@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from egjax import hosts
@@ -124,13 +125,15 @@ def long() -> Plan:
 
 
 def tiny() -> Plan:
-    """A pass through every stage in a minute or two, for tests: numbers mean nothing."""
+    """A pass through every stage in a minute or two, for tests: numbers mean nothing.
+
+    Most of the time is compilation, so both searches share their programs.
+    """
+    looking = SearchConfig(simulations=32, rollouts=4)
     return Plan(
         seeds=(0,),
         tasks=tasks.Config(train=8, held_out=3),
-        collect=collect.Config(
-            search=SearchConfig(simulations=16, rollouts=4), batch=4, second=0, shard_tasks=4
-        ),
+        collect=collect.Config(search=looking, batch=4, second=0, shard_tasks=4),
         text=text.Config(
             scenes=2, general=64, hindsight=64, questions=64, orders=1, asked=4, vocab_size=400
         ),
@@ -138,7 +141,7 @@ def tiny() -> Plan:
         sft=sft.Config(training=Training(2, 4, 384, 1e-3)),
         distill=distill.Config(training=Training(2, 4, 384, 1e-3)),
         dpo=dpo.Config(training=Training(2, 4, 384, 1e-4)),
-        evaluate=evaluate.Config(max_new_tokens=16),
+        evaluate=evaluate.Config(max_new_tokens=16, rows=8, questions=8, search=looking, batch=4),
     )
 
 
@@ -290,6 +293,9 @@ def main(config: Config) -> None:
         _check_memory(plan, config)
         if config.memory:
             return
+    if config.preset == "tiny":
+        # Programs that run for seconds are not worth a compiler's best.
+        jax.config.update("jax_disable_most_optimizations", True)
     with open_run(folder, fresh=config.fresh):
         run(plan, folder, config)
     note(f"all of it is in {folder}; the same command goes on from there")

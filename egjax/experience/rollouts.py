@@ -7,7 +7,6 @@ make sense with them, and a weight per verb.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -159,27 +158,27 @@ def resolves(scene: Scene, state: State, classes: Array) -> Array:
 def wander(
     scene: Scene,
     state: State,
+    used: Array,
     classes: Array,
     actions: ActionTable,
     log_weights: Array,
-    key: Array,
+    keys: Array,
     *,
-    length: int,
     weariness: float,
-) -> tuple[Array, State]:
-    """A random episode of legal actions whose English names mean the objects they act on.
+) -> tuple[tuple[State, Array], tuple[Array, State]]:
+    """Random legal actions whose English names mean the objects they act on.
 
     Args:
         scene, state, classes: the household and where it starts.
+        used: float32[A], how often each action was taken before.
         actions: table of A actions.
         log_weights: float32[A], the log of each action's share among those that are legal.
-        key: random key.
-        length: steps T.
+        keys: random keys of T steps.
         weariness: what each earlier use of an action takes from its log-weight.
 
     Returns:
-        The actions' numbers int32[T] (-1 where none was legal: nothing happens), and the states
-        at the start and after each, stacked along a first axis of T+1.
+        State and use at the end, to go on from; the actions' numbers int32[T] (-1 where none was
+        legal: nothing happens) and the states after each, stacked along a first axis of T.
     """
 
     def one(carry: tuple[State, Array], key: Array):
@@ -202,9 +201,7 @@ def wander(
         used = used.at[choice].add(1.0)
         return (after, used), (jnp.where(some, choice, -1), after)
 
-    start = (jax.tree.map(jnp.asarray, state), jnp.zeros_like(log_weights))
-    _, (choices, states) = jax.lax.scan(one, start, jax.random.split(key, length))
-    return choices, with_start(start[0], states)
+    return jax.lax.scan(one, (state, used), keys)
 
 
 def with_start(start: State, states: State) -> State:
@@ -335,14 +332,40 @@ def _table(
     return ActionTable(**fields)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def _wander_all(scene, state, classes, actions, log_weights, keys, weariness, *, length):
-    def one(actions, log_weights, key):
-        return wander(
-            scene, state, classes, actions, log_weights, key, length=length, weariness=weariness
-        )
+_STRIDE = 4  # steps of one call, so that episodes of any length share a program
 
-    return jax.vmap(one)(actions, log_weights, keys)
+
+@jax.jit
+def _wander_all(scene, states, used, classes, actions, log_weights, keys, weariness):
+    def one(state, used, actions, log_weights, keys):
+        return wander(scene, state, used, classes, actions, log_weights, keys, weariness=weariness)
+
+    return jax.vmap(one)(states, used, actions, log_weights, keys)
+
+
+def _wandered(
+    world: World, actions: ActionTable, log_weights: np.ndarray, keys: Array, focus: Focus
+) -> tuple[np.ndarray, State]:
+    """Episodes from the world's start, by `wander`: choices int32[B, T], states [B, T+1]."""
+    steps = -(-focus.length // _STRIDE) * _STRIDE
+    each = jax.vmap(lambda key: jax.random.split(key, steps))(keys)
+    start: State = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], len(keys), 0), world.state)
+    carry = (start, np.zeros_like(log_weights))
+    choices, states = [], [jax.tree.map(lambda x: x[:, None], start)]
+    for at in range(0, steps, _STRIDE):
+        carry, (chosen, after) = _wander_all(
+            world.scene,
+            *carry,
+            world.classes,
+            actions,
+            log_weights,
+            each[:, at : at + _STRIDE],
+            focus.weariness,
+        )
+        choices.append(np.asarray(chosen))
+        states.append(after)
+    along: State = jax.tree.map(lambda *x: np.concatenate(x, 1)[:, : focus.length + 1], *states)
+    return np.concatenate(choices, 1)[:, : focus.length], along
 
 
 def errand_batches(
@@ -370,9 +393,7 @@ def errand_batches(
         tables = [focus_table(world, focus, rng) for _ in range(batch)]
         actions, weights = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
         keys = jax.random.split(jax.random.fold_in(key, turn), batch)
-        fixed = (world.scene, world.state, world.classes)
-        done = _wander_all(*fixed, actions, weights, keys, focus.weariness, length=focus.length)
-        choices, states = jax.tree.map(np.asarray, done)
+        choices, states = _wandered(world, actions, weights, keys, focus)
         episodes = []
         for i in range(min(batch, count - first)):
             taken = [int(c) for c in choices[i] if c >= 0]  # once nothing is legal, nothing will be
