@@ -122,7 +122,7 @@ def plan_of(config: Config) -> Plan:
         why = "asked for" if config.compile == "never" else "no TPU compiler for it here"
         note(
             f"by formula ({why}): memory is an estimate; on the plans of docs/pod.md the compiler "
-            "wanted 0.8 to 2.0 times its gradients, activations, logits and caches"
+            "wanted 0.8 to 1.3 times its gradients, activations, logits and caches"
         )
         return formula_plan(case, topology, data, model)
     note(f"compiling {config.stage} of {config.model} for {topology.name}, {data} × {model}")

@@ -149,8 +149,8 @@ def _again(case: Case) -> tuple[float, int]:
     products = 1 if form == "chunked" else 0
     if remat == "none":
         return 0.0, products
-    # The derivative of a kernel needs more of its forward pass than what it gives.
-    if remat == "full" or form in ("splash", "cudnn"):
+    # cuDNN's derivative needs more of its forward pass than what it gives; splash keeps that, too.
+    if remat == "full" or form == "cudnn":
         products += 2
     elif form == "dense":
         products += 1
@@ -186,7 +186,8 @@ def memory(case: Case, data: int, model: int) -> dict[str, float]:
         return out
     wide = _size(case.layout.master or config.dtype)
     copies = count(config) / chips * (width if wide > width else 0)
-    out["gradients"] = count(config) * wide / chips
+    # Of the micro-batches so far, and of one.
+    out["gradients"] = (2 if case.layout.accumulate > 1 else 1) * count(config) * wide / chips
     out["activations"] = config.num_layers * _kept(case, tokens, model) + layer + copies
     arrays = {"sft": 1, "dpo": 2, "distill": 2}[case.stage]
     logits = arrays * tokens * config.vocab_size / model * 4
@@ -202,12 +203,17 @@ def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
     split = 1 if config.vocab_size % model else model
     place = split == 1 and tokens <= config.hidden_size  # in the place of the gradient
     entry = width if place and tokens <= config.hidden_size // 2 else 4
+    rounded = width if width < 4 else 0
     table = _head(config) / split
-    gradient = table * (entry + (width if width < 4 else 0))  # as it is summed, as it is rounded
-    if case.stage == "dpo":  # another one of the KL to the initial policy
-        gradient += table * (entry if place else width)
-    if data == 1:  # one is counted among the gradients
-        gradient = max(0.0, gradient - table * _size(case.layout.master or config.dtype))
+    if (
+        case.stage == "dpo"
+    ):  # that of the KL to the initial policy beside, both until they are added
+        both = 2 * (entry + (rounded if entry > width else 0))
+        gradient = table * (both if place else entry + rounded + width)
+    else:
+        gradient = table * (entry + rounded)  # as it is summed, as it is rounded
+        if data == 1:  # one is counted among the gradients
+            gradient = max(0.0, gradient - table * _size(case.layout.master or config.dtype))
     tables = (1 + len(case.frozen)) * table * width if data > 1 else 0.0
     # Of a teacher, then of the student, which has none of its own in the gradient's place.
     arrays = {"sft": 0, "dpo": 1, "distill": 2}[case.stage]

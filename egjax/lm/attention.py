@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from egjax.errors import EgjaxError
@@ -49,6 +50,8 @@ CHUNK = 256
 """Queries whose scores exist at once in the chunked form."""
 BLOCK = 128
 """Splash attention's sequences are multiples of this."""
+RESULT = "attention"
+"""What policies of rematerialisation call the result."""
 
 
 class Sight(NamedTuple):
@@ -214,6 +217,7 @@ def _splash_rows(query: Array, key: Array, value: Array, segments: Array, interp
             block_kv_dkv=size,
             use_fused_bwd_kernel=True,
         ),
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )
 
@@ -266,11 +270,19 @@ def prepare(name: str | Form, config: LlamaConfig, sight: Sight) -> Attend:
         EgjaxError: there is no such form, or it cannot do what is asked.
     """
     if not isinstance(name, str):
-        return name(sight)
+        return _named(name, sight)
     name = choose(config, sight) if name == "auto" else name
     if name not in FORMS:
         raise EgjaxError(f"no attention {name!r}", remedy=f"one of auto, {', '.join(FORMS)}")
-    return FORMS[name](sight)
+    return _named(FORMS[name], sight)
+
+
+def _named(form: Form, sight: Sight) -> Attend:
+    """A form whose result goes by the name of `RESULT`."""
+    attend = form(sight)
+    if form is splash:  # names what its derivative needs, too
+        return attend
+    return lambda query, key, value: checkpoint_name(attend(query, key, value), RESULT)
 
 
 def einsum(formula: str, x: Array, weights: Array, dtype=None) -> Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from egjax.errors import EgjaxError
-from egjax.lm.attention import Form, Sight, einsum, prepare
+from egjax.lm.attention import RESULT, Form, Sight, einsum, prepare
 from egjax.lm.cache import Cache, put_segments, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
@@ -49,8 +49,8 @@ _KEEP = jax.checkpoint_policies.save_only_these_names
 REMAT: Mapping[str, Callable[[Callable], Callable]] = MappingProxyType(
     {
         "none": lambda layer: layer,
-        "selective": partial(jax.checkpoint, policy=_KEEP("projection", "attention")),
-        "attention": partial(jax.checkpoint, policy=_KEEP("attention")),
+        "selective": partial(jax.checkpoint, policy=_KEEP("projection", RESULT)),
+        "attention": partial(jax.checkpoint, policy=_KEEP(RESULT)),
         "full": jax.checkpoint,
     }
 )
@@ -210,7 +210,6 @@ def trunk(
             store, key, value = write(store, index, key, value)
         query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
         mixed = constrain(attend(query, key, value), "batch", "heads", None, None)
-        mixed = checkpoint_name(mixed, "attention")
         x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
         normed = constrain(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps), *inputs)
         x = constrain(x + _mlp(weights, normed, inputs[0]), *stream)

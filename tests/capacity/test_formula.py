@@ -52,6 +52,11 @@ WIDTH, VOCABULARY = 128, 131_072
         ("sft", "bfloat16", WIDTH),
         ("sft", "bfloat16", 2 * WIDTH),
         ("distill", "float32", WIDTH),
+        ("dpo", "float32", WIDTH // 2),  # two sides of so many
+        ("dpo", "float32", 4 * WIDTH),
+        ("dpo", "bfloat16", WIDTH // 4),
+        ("dpo", "bfloat16", WIDTH // 2),
+        ("dpo", "bfloat16", 4 * WIDTH),
     ],
 )
 def test_losses_in_chunks_take_what_the_formula_says(stage, dtype, tokens):
@@ -93,7 +98,9 @@ LAYER = 2 * QUERY + 2 * KEY + 3 * LAST
         ("chunked", "attention", LAYER - LAST, 1),
         ("chunked", "full", LAYER - LAST, 3),
         ("splash", "none", 0, 0),
-        ("splash", "selective", QUERY, 2),
+        ("splash", "selective", QUERY, 0),
+        ("splash", "attention", LAYER - LAST, 0),
+        ("cudnn", "attention", LAYER - LAST, 2),
         ("splash", "full", LAYER - LAST, 2),
     ],
 )

@@ -8,12 +8,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from egjax.errors import EgjaxError
 from egjax.lm.attention import Sight, choose, chunked, cudnn, dense, splash
 from egjax.lm.cache import empty
-from egjax.lm.config import small_config
+from egjax.lm.config import LlamaConfig, small_config
 from egjax.lm.model import forward
+from egjax.lm.params import init
 
 close = lambda a, b, tol=1e-5: np.testing.assert_allclose(a, b, rtol=tol, atol=tol)  # noqa: E731
 
@@ -181,6 +183,26 @@ def test_splash_lowers_for_a_tpu():
     arrays = inputs(tokens=256, width=128, dtype=jnp.bfloat16)
     exported = jax.export.export(gradient_of(splash), platforms=["tpu"])(packed(2, 256), *arrays)
     assert exported.mlir_module().count("tpu_custom_call") >= 2  # forward and backward
+
+
+@pytest.mark.parametrize(
+    ("remat", "calls"), [("none", 2), ("selective", 2), ("attention", 2), ("full", 3)]
+)
+@pytest.mark.parametrize(("devices", "model"), [(1, 1), (8, 2)])
+def test_splash_runs_again_only_where_nothing_of_it_is_kept(remat, calls, devices, model):
+    config = LlamaConfig(64, 64, 128, 2, 4, 2, 64, max_seq_len=256, tie_embeddings=True)
+    params = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+    mesh = jax.sharding.AbstractMesh((devices // model, model), ("data", "model"))
+
+    @jax.value_and_grad
+    def run(params, tokens):
+        return forward(params, config, tokens, remat=remat, attention="splash").sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(run)(params, tokens).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert str(needed).count("pallas_call[") == calls
 
 
 def test_cudnn_lowers_for_a_gpu(monkeypatch):
