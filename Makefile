@@ -31,9 +31,11 @@ env: .venv/.stamp .venv/.robothow
 	  if [ .venv/.stamp -nt pyproject.toml ]; then exit 0; fi; \
 	  echo "setting up .venv with $(PYTHON): a minute or two, 1.3 GB"; \
 	  if ! $(PY) -m pip --version >/dev/null 2>&1; then \
-	    $(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
+	    if [ -e .venv ]; then $(PY) -m ensurepip >/dev/null 2>&1 || { \
+	      echo ".venv is there without pip, of another tool or half made: move it away, or put pip into it" >&2; exit 2; }; \
+	    else $(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 	      echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }; \
-	    $(PYTHON) -m venv --clear .venv; \
+	    $(PYTHON) -m venv .venv; fi; \
 	  fi; \
 	  $(PIP) install -e ".[all,test]"; \
 	  touch .venv/.stamp'

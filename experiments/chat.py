@@ -30,7 +30,6 @@ from egjax.errors import EgjaxError, require
 from egjax.evals.manifest import write_atomic
 from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.evals.tokens import Step, as_html, as_png, as_table, side_by_side
-from egjax.lm import hf
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
 from egjax.lm.ensemble import Combine, Models, first
 from egjax.lm.generate import Generation, completions, generate, pad_prompts
@@ -43,7 +42,8 @@ from experiments.common import atomic_path, finished, note, run_main
 from experiments.data import HouseTask, assignments, make_task, programs
 from experiments.distill import Ratio
 from experiments.evaluate import NAMES
-from experiments.models import Model, asked, check_one_vocabulary, load
+from experiments.models import asked, check_one_vocabulary, load
+from experiments.own import Start
 from experiments.solve import own_task
 from experiments.training import MODEL
 
@@ -193,12 +193,9 @@ def _party(config: Config) -> Party:
             raise EgjaxError(
                 "π̄ needs three models", remedy="--large-from, --expert-from and --base-from"
             )
-        tokenizers = {name: Tokenizer.load(folder) for name, folder in given.items()}
-        loaded = {}
-        for name, folder in given.items():
-            own, params = hf.load(folder)
-            loaded[name] = Model(params, own, tokenizers[name].fingerprint)
-        tokenizer = tokenizers["large"]
+        starts = {name: Start.at(folder) for name, folder in given.items()}
+        loaded = {name: start.load() for name, start in starts.items()}
+        tokenizer = starts["large"].tokenizer
     else:
         wanted = _THREE if config.model == "ratio" else (config.model,)
         loaded = {}

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any, Literal, NoReturn, TypeVar
@@ -109,7 +109,11 @@ def _stop_again(unraisable: Any) -> None:
 
 
 def run_main(
-    main: Callable[[C], int | None], config: type[C], argv: list[str] | None = None
+    main: Callable[[C], int | None],
+    config: type[C],
+    argv: list[str] | None = None,
+    *,
+    default: Callable[[Sequence[str]], C] | None = None,
 ) -> NoReturn:
     """Runs an experiment from the command line and leaves with its exit code.
 
@@ -129,6 +133,7 @@ def run_main(
         main: the experiment; its module's docstring is the help.
         config: a frozen dataclass; each field becomes an option.
         argv: arguments, those of the process by default.
+        default: the options' defaults where they depend on the arguments; else those of `config`.
     """
     tyro = require("tyro", "cli")
     folder, argv = _profile_option(sys.argv[1:] if argv is None else argv)
@@ -140,7 +145,8 @@ def run_main(
         signal.signal(signum, _stop)
     sys.unraisablehook = _stop_again
     try:
-        options = tyro.cli(config, args=argv, description=help_text, prog=_command())
+        plain = {} if default is None else {"default": default(argv)}
+        options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
@@ -803,10 +809,11 @@ def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
         EgjaxError: it is not there or not finished.
     """
     record = _read_json(run_dir / name / _RECORD)
+    scripts = (f"experiments.{made_by}", "experiments.pipeline")
     if "finished" not in record or record["outputs"] != _sizes(run_dir / name):
         raise EgjaxError(
             f"no finished stage {name!r}",
             where=str(run_dir),
-            remedy=f"run python -m experiments.{made_by} or experiments.pipeline first",
+            remedy=f"run python -m {' or '.join(dict.fromkeys(scripts))} first",
         )
     return Done(run_dir / name, record["fingerprint"], record["seconds"], kept=True)

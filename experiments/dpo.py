@@ -48,7 +48,7 @@ class Config:
     seed: int = 0
     """Of the order of pairs."""
     training: Training = field(default_factory=lambda: Training(30, 16, 256, 1e-4))
-    """Length and rate."""
+    """Length and rate; with `--data`, unless given, rows of 1,024 tokens and a rate of 1e-6."""
     loss: Literal["paper", "standard"] = "paper"
     """Without or with the reference inside σ."""
     beta: float = 0.1
@@ -134,7 +134,8 @@ def _pairs(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) -
     ]
     fitting = [p for p in pairs if _longest(p) <= length + 1]
     if len(fitting) < len(pairs):
-        note(f"{len(pairs) - len(fitting)} of {len(pairs)} pairs exceed {length} tokens")
+        left = len(pairs) - len(fitting)
+        note(f"{left} of {len(pairs)} pairs exceed {length} tokens: left out")
     return fitting
 
 
@@ -170,4 +171,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    run_main(main, Config, default=own.defaults(Config, 1e-6))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,16 @@ from experiments.models import Model
 from experiments.models import load as load_run_model
 from experiments.training import MODEL, Training, gathered
 
-__all__ = ["Start", "check_alike", "fitting", "given", "model_folder", "stage", "unused"]
+__all__ = [
+    "Start",
+    "check_alike",
+    "defaults",
+    "fitting",
+    "given",
+    "model_folder",
+    "stage",
+    "unused",
+]
 
 T = TypeVar("T")
 _CONFIG = "config.json"
@@ -151,6 +160,25 @@ def _fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def defaults(config: type[T], learning_rate: float) -> Callable[[Sequence[str]], T]:
+    """For `run_main`: with `--data` what suits a pretrained model, as in TRL (rows of 1,024 tokens;
+    rates of 2e-5, for preferences 1e-6), where a run's small models take larger steps.
+
+    Args:
+        config: the script's `Config`, with a field `training`.
+        learning_rate: its peak with `--data`.
+    """
+
+    def of(arguments: Sequence[str]) -> T:
+        plain: Any = config()
+        if not any(a.split("=")[0] == "--data" for a in arguments):
+            return plain
+        training = dataclasses.replace(plain.training, length=1024, learning_rate=learning_rate)
+        return dataclasses.replace(plain, training=training)
+
+    return of
+
+
 def given(**options: Path | None) -> dict[str, Path]:
     """Options that `--data` needs beside it.
 
@@ -232,7 +260,8 @@ def fitting(
             where="--training.length",
         )
     if len(kept) < len(items):
-        note(f"{len(items) - len(kept)} of {len(items)} lines exceed {training.length} tokens")
+        left = f"{len(items) - len(kept)} of {len(items)} lines exceed {training.length} tokens"
+        note(f"{left}: left out (--training.length)")
     return kept
 
 

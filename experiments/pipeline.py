@@ -1,7 +1,7 @@
 """From RobotHow to a grounded language model: the whole pipeline, one command.
 
     python -m experiments.pipeline                  (`make run`: under 15 minutes on two CPU cores)
-    python -m experiments.pipeline --preset long    (an hour to an hour and a half, three seeds)
+    python -m experiments.pipeline --preset long    (three seeds: an hour to 1 3/4 hours)
     python -m experiments.pipeline --preset card --small-from FOLDER --large-from FOLDER
 
 tasks → search → experience and text → pretraining of a small and a large Llama → SFT (πᴺ → πᴱ) →
@@ -241,6 +241,10 @@ def _check_memory(plan: Plan, config: Config) -> None:
     planned = ", ".join(f"{stage} {sum(k.values()) / _GIB:.1f}" for stage, k in needs.items())
     there = "does not say what it gives" if limit is None else f"gives {limit / _GIB:.1f} GiB"
     note(f"memory needed by formula, GiB: {planned}; the device {there}")
+    if jax.default_backend() == "cpu":
+        note(
+            "JAX sees no accelerator and computes on the CPU; for a GPU: pip install '.[all,cuda]'"
+        )
     if config.memory:
         for stage, kinds in needs.items():
             parts = [Figure(f"{stage}/{kind}", x / _GIB, "GiB", n=1) for kind, x in kinds.items()]

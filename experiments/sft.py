@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     """Of the order of samples."""
     training: Training = field(default_factory=lambda: Training(300, 16, 256, 2e-3))
-    """Length and rate."""
+    """Length and rate; with `--data`, unless given, rows of 1,024 tokens and a rate of 2e-5."""
     weights: Weights = field(default_factory=Weights)
     """Task weights of a run's samples."""
     lora_rank: int = 0
@@ -81,7 +81,8 @@ def sample_table(text: Done, config: LlamaConfig, length: int, weights: Weights)
     ]
     fitting = [sample for sample in samples if len(sample.tokens) <= length + 1]
     if len(fitting) < len(samples):
-        note(f"{len(samples) - len(fitting)} of {len(samples)} samples exceed {length} tokens")
+        left = len(samples) - len(fitting)
+        note(f"{left} of {len(samples)} samples exceed {length} tokens: left out")
     return pack(fitting, length)
 
 
@@ -162,4 +163,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    run_main(main, Config, default=own.defaults(Config, 2e-5))

@@ -196,7 +196,7 @@ class Targets:
     """A teacher that gives one token all its mass.
 
     Attributes:
-        ids: int[...], token ids in 0..V-1.
+        ids: int[...], token ids in 0..V-1; anything, e.g. -100, where a token does not count.
     """
 
     ids: Array
@@ -785,6 +785,13 @@ def _flat(
             f"divides the vocabulary of {student.vocabulary}"
         )
 
+    for head in jax.tree.leaves(teacher, is_leaf=lambda x: isinstance(x, Head)):
+        if isinstance(head, Head) and head.vocabulary != student.vocabulary:
+            raise ValueError(
+                f"a teacher of {head.vocabulary} tokens for a student of {student.vocabulary}: pad "
+                "the smaller unembedding and mask the columns (vocab_mask)"
+            )
+
     def flat(x: Array) -> Array:
         if x.shape[: len(shape)] != shape:
             raise ValueError(f"an array of shape {x.shape} for tokens of shape {shape}")
@@ -792,6 +799,13 @@ def _flat(
 
     settings = _Settings(terms, count, student.vocabulary, tokens, shards, z_loss)
     return settings, student.pick(flat), teacher.pick(flat), shape
+
+
+def _strange(teacher: Teacher, student: Head) -> Array | bool:
+    """bool[N], where a target is no token: what counts there is NaN, as from plain losses."""
+    if not isinstance(teacher, Targets):
+        return False
+    return (teacher.ids < 0) | (teacher.ids >= student.vocabulary)
 
 
 @partial(jax.jit, static_argnames=("terms", "tokens", "vocab_shards", "z_loss"))
@@ -836,6 +850,7 @@ def chunked_loss(
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards, z_loss)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
+    weights = jnp.where(_strange(teacher, student) & (weights != 0), jnp.nan, weights)
     results: Any
     if _Place(settings, student).fits:
         results = _each(settings, student, teacher, rest)
@@ -908,7 +923,7 @@ def chunked_token_losses(
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     values: Any = _each(settings, student, teacher, rest)
-    return values[1].reshape(shape)
+    return jnp.where(_strange(teacher, student), jnp.nan, values[1]).reshape(shape)
 
 
 def chunked_token_logps(

@@ -42,7 +42,8 @@ class Layout:
             of `egjax.lm.model.REMAT`.
         chunked: losses from hidden states in chunks; metrics that need all logits are left out.
         master: type of the trained weights and of the optimiser's moments, e.g. `"float32"` for a
-            model that computes in bfloat16; None for the model's own.
+            model that computes in bfloat16; None for the model's own here, for float32 in the
+            training scripts.
         accumulate: micro-batches a step.
         attention: form of attention, see `egjax.lm.attention`; `"auto"` goes by the platform.
     """

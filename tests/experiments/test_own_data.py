@@ -370,3 +370,25 @@ def test_a_loss_that_is_not_finite_is_exit_code_3(home, tmp_path, tokenizer):
     assert "is nan at step 1 (the state of step 0 is kept" in line
     kept = tmp_path / "run" / "seed0" / "own_sft.unfinished" / "checkpoints"
     assert [path.name for path in kept.iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize(("script", "rate"), [(sft, 2e-5), (distill, 2e-5), (dpo, 1e-6)])
+def test_rows_and_rates_of_a_pretrained_model_come_with_data(script, rate):
+    settle = own.defaults(script.Config, rate)
+    assert settle(["--run", "runs/mine"]) == script.Config()
+    for arguments in (["--data", "x.jsonl"], ["--run", "r", "--data=x.jsonl"]):
+        training = settle(arguments).training
+        assert (training.length, training.learning_rate) == (1024, rate)
+        assert replace(training, length=256, learning_rate=1.0) == replace(
+            script.Config().training, length=256, learning_rate=1.0
+        )
+
+
+def test_help_shows_the_defaults_that_hold_with_data():
+    for extra, shown in ((["--data", "x"], "1e-06"), ([], "0.0001")):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.dpo", *extra, "--help"],
+            capture_output=True,
+            text=True,
+        )
+        assert f"(default: {shown})" in done.stdout

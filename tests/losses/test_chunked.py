@@ -311,6 +311,35 @@ def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(
     assert temp(chunks, 512, 131072, 512) < small + 64 * 65536 * 4 * 1.1
 
 
+@widths
+@pytest.mark.parametrize("strange", [-100, VOCAB])
+def test_targets_that_are_no_tokens_count_only_under_the_mask(width, strange):
+    student, mask = head(1, width=width), jnp.ones(SHAPE, bool).at[1, 3].set(False)
+    hidden = TARGETS.at[1, 3].set(strange)
+
+    def total(student, ids, mask):
+        weights = mask.astype(jnp.float32)
+        summed, _ = losses.chunked_loss(
+            student, Targets(ids), weights, terms=losses.forward_kl_terms, tokens=4
+        )
+        logps, _ = losses.chunked_sequence_logps(student, ids, mask, tokens=4)
+        return summed - logps.sum()
+
+    run = jax.value_and_grad(total)
+    agree(run(student, hidden, mask), run(student, TARGETS, mask))
+    counted, grads = run(student, hidden, jnp.ones(SHAPE, bool))
+    assert jnp.isnan(counted)
+    assert jnp.isnan(grads.hidden[1, 3]).all()
+    assert jnp.isnan(losses.chunked_token_logps(student, hidden)[1, 3])
+
+
+def test_teachers_of_another_vocabulary_are_refused():
+    student, other = head(1), head(2, vocab=VOCAB + 1)
+    for teacher in (other, Ratio(head(2), head(3), other)):
+        with pytest.raises(ValueError, match="a teacher of 38 tokens for a student of 37"):
+            losses.chunked_loss(student, teacher, WEIGHTS)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="tokens of shape"):
         losses.chunked_loss(head(0), head(1, shape=(3, 7)), WEIGHTS)
