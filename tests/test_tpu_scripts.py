@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,14 +61,14 @@ elif "scp" in words:
     shutil.copy(words[words.index("scp") + 1], fake / "home")
 elif "ssh" in words:
     fault("ssh")
-    command = words[words.index("--command") + 1].removesuffix(
-        " && bash egjax/tpu_scripts/remote.sh setup")
+    command = words[words.index("--command") + 1].partition(" && ")[0]
+    worker = {{k: v for k, v in os.environ.items() if k != "RUNS_DIR" and k[:6] != "EGJAX_"}}
     done = subprocess.run(["bash", "-c", command], cwd=fake / "home",
-        env={{**os.environ, "HOME": str(fake / "home")}})
+        env={{**worker, "HOME": str(fake / "home")}})
     sys.exit(done.returncode)
 """
 
-VERBS = ("create", "delete", "describe", "scp", "ssh", "rsync")
+RUN = ("--run", "runs/main")  # a place that BUCKET keeps
 
 
 class Cloud:
@@ -157,10 +158,10 @@ def test_scripts_are_sound(script):
         ("create.sh", (), ["queued-resources create egjax", "--spot", "--project p"]),
         ("delete.sh", (), ["queued-resources delete egjax"]),
         ("setup.sh", (), ["tpu-vm scp", "remote.sh\\ setup"]),
-        ("run.sh", ("job", "0", "it's"), ["--worker all", "start\\ main"]),
+        ("run.sh", ("job", "0", "it's", *RUN), ["--worker all", "start\\ main"]),
         ("logs.sh", (), ["--worker 0", "logs\\ main"]),
         ("stop.sh", (), ["--worker all", "stop\\ main"]),
-        ("watch.sh", ("job",), ["create", "scp", "start\\ main", "status", "delete"]),
+        ("watch.sh", ("job", *RUN), ["create", "scp", "start\\ main", "status", "delete"]),
     ],
 )
 def test_a_dry_run_prints_the_commands_and_calls_nothing(cloud, script, arguments, expected):
@@ -265,11 +266,11 @@ def test_watch_continues_the_run_after_a_preemption(cloud, lost):
         resource=f"ACTIVE OFFLINE {resource} {resource} ABSENT ACTIVE",
         node=f"READY {node} READY" if node == "PREEMPTED" else "READY",
     )
-    done = cloud.run("watch.sh", "job", "0.2", "0", **settings)
+    done = cloud.run("watch.sh", "job", "0.2", "0", *RUN, **settings)
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == ["delete", "create", "scp", "ssh setup", "ssh start"]
     (start,) = (words for words in cloud.calls() if " start " in words[-1])
-    assert start[-1].endswith(" start main gs://b/x job 0.2 0")
+    assert start[-1].endswith(" start main gs://b/x job 0.2 0 --run runs/main")
     copies = [words[-2:] for words in cloud.calls() if "rsync" in words]
     assert copies == [["gs://b/x/main", "runs/main"], ["runs/main", "gs://b/x/main"]]
 
@@ -279,6 +280,195 @@ def test_watch_refuses_a_spot_slice_without_a_bucket(cloud):
     assert done.returncode == 2
     assert "BUCKET" in done.stderr
     assert cloud.calls() == []
+
+
+def test_watch_needs_no_bucket_for_a_run_in_one(cloud):
+    cloud.answers(resource="ACTIVE", node="READY")
+    cloud.run("setup.sh")
+    done = cloud.run("watch.sh", "job", "0.2", "4", "--run", "gs://b/runs/x", SPOT="1")
+    assert done.returncode == 4, done.stderr
+
+
+@pytest.mark.parametrize("script", ["run.sh", "watch.sh"])
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ((), False),
+        (("--run", "runs/other"), False),
+        (("--run=runs/main2",), False),
+        (("--model", "runs/main"), False),
+        (("--run", "runs/main", "--run", "runs/other"), False),
+        (("--run", "runs/main"), True),
+        (("--run=runs/main/",), True),
+        (("--run", "./runs/main"), True),
+        (("--out", "runs/main/eai"), True),
+        (("--run", "/mnt/shared/main"), True),
+        (("--run", "gs://c/y"), True),
+        (("--run=gs://c/y",), True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_run_that_the_bucket_would_not_keep_is_refused(cloud, script, arguments, kept):
+    settings = {"BUCKET": "gs://b/x", "RUNS_DIR": "/mnt/shared", "DRY_RUN": "1"}
+    done = cloud.run(script, "job", "0", "0", *arguments, **settings)
+    if kept:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        for words in ("runs/main", "job would write to", "add --run runs/main or --run gs://"):
+            assert words in done.stderr
+    assert cloud.calls() == []
+
+
+def test_settings_reach_the_workers_and_nothing_else_does(cloud):
+    settings = {
+        "RUNS_DIR": str(cloud.path / "it's shared"),
+        "EGJAX_EXTRA": "cuda",
+        "EGJAX_MULTI_HOST": "0",
+        "EGJAX_BUCKET_SILENCE": "7",
+        "EGJAX_SILENCE": "8",
+        "EGJAX_PATIENCE": "9",
+        "EGJAX_TRACEBACK": "1",
+        "EGJAX_COSTS": "a b.json",
+    }
+    others = {"EGJAX_PROCESS": "1", "WANDB_API_KEY": "secret"}
+    (cloud.path / "it's shared").mkdir()
+    cloud.answers(resource="ACTIVE", node="READY")
+    done = cloud.run("watch.sh", "job", "0.2", "0", **settings, **others)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["scp", "ssh setup", "ssh start"]
+    for words in (words for words in cloud.calls() if "ssh" in words):
+        command = words[-1].replace("tar xzf egjax.tar.gz && ", "")
+        shown = subprocess.run(
+            ["bash", "-c", command.replace("bash egjax/tpu_scripts/remote.sh", "env #")],
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        given = dict(line.split("=", 1) for line in shown)
+        assert {k: v for k, v in given.items() if k in settings} == settings
+        assert not set(given) & set(others)
+    assert (cloud.path / "it's shared" / "main").is_dir()  # the job wrote runs/main
+
+
+@pytest.mark.parametrize(
+    ("chips", "image"),
+    [
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_the_image_follows_from_the_chips(cloud, chips, image):
+    def asked(**settings: str) -> str:
+        done = cloud.run("create.sh", ACCELERATOR_TYPE=chips, DRY_RUN="1", **settings)
+        return done.stdout.split("--runtime-version ")[1].strip()
+
+    assert asked() == image
+    assert asked(RUNTIME_VERSION="mine") == "mine"
+    for page in ("docs/tpu.md", "tpu_scripts/README.md"):
+        text = (ROOT / page).read_text()
+        assert "tpu/docs/runtimes" in text
+        assert chips.startswith("v4") or f"`{image}`" in text
+
+
+def test_chips_without_a_known_image_end_the_watch(cloud):
+    done = cloud.run("watch.sh", "job", ACCELERATOR_TYPE="v99-8")
+    assert done.returncode == 2
+    assert "RUNTIME_VERSION" in done.stderr
+    assert cloud.verbs() == []
+
+
+@pytest.mark.parametrize("page", ["docs/tpu.md", "tpu_scripts/README.md"])
+def test_the_first_commands_of_a_page_are_accepted(cloud, page):
+    """As printed, but for what they would do: each is a dry run."""
+    block = re.search(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert block is not None
+    ours = ("export ", "DRY_RUN=1 ", "tpu_scripts/")
+    lines = [line for line in block[1].splitlines() if line.startswith(ours)]
+    assert sum("watch.sh" in line for line in lines) == 2
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(lines)],
+        cwd=cloud.clone,
+        env={**os.environ, "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("start\\ first\\ gs://my-bucket/egjax\\ experiments.pipeline") == 2
+
+
+def test_the_command_that_prints_the_numbers_prints_them():
+    line = re.search(r"results.json \| (.*)", (ROOT / "docs" / "tpu.md").read_text())
+    assert line is not None
+    results = ROOT / "experiments" / "results" / "long" / "results.json"
+    shown = subprocess.run(
+        ["bash", "-c", line[1]],
+        stdin=results.open(),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    ).stdout
+    models = json.loads(results.read_text())["models"]
+    wanted = [
+        f"{model['name']} {score['split']} {score['success']['value']}"
+        for model in models
+        for score in model["scores"]
+    ]
+    assert len(wanted) > 10
+    assert shown.splitlines() == wanted
+
+
+def test_pages_agree_on_the_time_of_a_run():
+    found = [
+        re.findall(r"(\d+) minutes on two CPU cores", (ROOT / page).read_text())
+        for page in ("README.md", "docs/tpu.md")
+    ]
+    assert found[0] == found[1] != []
+
+
+@pytest.mark.parametrize("host", ["has uv", "had uv", "has pip", "guards its Python"])
+def test_setup_finds_or_installs_uv(cloud, host):
+    """On a host with nothing but these tools; `had uv`: from an earlier set-up."""
+    tools, home = cloud.path / "tools", cloud.home
+    for folder in (tools, home / ".local" / "bin"):
+        folder.mkdir(parents=True)
+    for tool in ("bash", "dirname", "mkdir", "cp"):
+        (tools / tool).symlink_to(shutil.which(tool))
+
+    def fake(file: Path, text: str) -> Path:
+        file.write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
+        file.chmod(0o755)
+        return file
+
+    (tools / "env").symlink_to(shutil.which("env"))
+    uv = fake(cloud.path / "uv", 'echo "$*" >>"$FAKE/uv_calls"')
+    guarded = '[[ "$*" == *--break-system-packages* ]] || exit 1' if "guards" in host else ""
+    fake(
+        tools / "python3",
+        f'echo "$*" >>"$FAKE/pip_calls"\n[[ "$*" == *--user* ]]\n{guarded}\n'
+        'cp "$FAKE/uv" "$HOME/.local/bin/uv"',
+    )
+    if host == "has uv":
+        shutil.copy(uv, tools)
+    elif host == "had uv":
+        shutil.copy(uv, home / ".local" / "bin")
+    environment = {"PATH": str(tools), "HOME": str(home), "FAKE": str(cloud.path)}
+    for _ in range(2):
+        subprocess.run(
+            ["bash", "tpu_scripts/remote.sh", "setup"],
+            cwd=cloud.clone,
+            env=environment,
+            check=True,
+        )
+    pip = cloud.path / "pip_calls"
+    calls = pip.read_text().splitlines() if pip.exists() else []
+    assert len(calls) == {"has uv": 0, "had uv": 0, "has pip": 1, "guards its Python": 2}[host]
+    assert (cloud.path / "uv_calls").read_text().count("-e .[all,gcs,tpu]\n") == 2
 
 
 def test_a_quota_error_ends_the_watch_and_says_what_to_do(cloud):

@@ -2,6 +2,10 @@
 # Asks for a TPU slice (a queued resource) and waits until it is there. Usage: [SPOT=1] ./create.sh
 source "$(dirname "$0")/env.sh"
 
+if [[ -z $RUNTIME_VERSION ]]; then
+  say "error: no image is known for $ACCELERATOR_TYPE; set RUNTIME_VERSION (cloud.google.com/tpu/docs/runtimes)"
+  exit 3
+fi
 request=(compute tpus queued-resources create "$TPU_NAME" --node-id "$TPU_NAME" "${WHERE[@]}"
   --accelerator-type "$ACCELERATOR_TYPE" --runtime-version "$RUNTIME_VERSION")
 if [[ $SPOT == 1 ]]; then request+=(--spot); fi

@@ -8,7 +8,15 @@ TPU_NAME=${TPU_NAME:-egjax}
 ZONE=${ZONE:-us-central1-a}
 PROJECT=${PROJECT:-}                                   # empty: that of `gcloud config`
 ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-8}
-RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}
+# The image that belongs to the chips (cloud.google.com/tpu/docs/runtimes); none for unknown ones.
+case $ACCELERATOR_TYPE in
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v[234]-*) image=tpu-ubuntu2204-base ;;
+  *) image= ;;
+esac
+RUNTIME_VERSION=${RUNTIME_VERSION:-$image}
 SPOT=${SPOT:-0}                                        # 1: cheaper, and may be taken away
 RUN_ID=${RUN_ID:-main}                                 # the run directory's name, kept over restarts
 BUCKET=${BUCKET:-}                                     # gs://bucket/folder that keeps runs, optional
@@ -17,6 +25,10 @@ DRY_RUN=${DRY_RUN:-0}
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REMOTE_DIR=egjax                                       # of the checkout, in the home of each worker
+# What goes to the workers where it is set here. No secret, and nothing that differs between workers,
+# as EGJAX_PROCESS does.
+PASSED_ON=(RUNS_DIR EGJAX_EXTRA EGJAX_MULTI_HOST EGJAX_BUCKET_SILENCE EGJAX_SILENCE EGJAX_PATIENCE
+  EGJAX_TRACEBACK EGJAX_COSTS)
 WHERE=(--zone "$ZONE")
 if [[ -n $PROJECT ]]; then WHERE+=(--project "$PROJECT"); fi
 
@@ -60,11 +72,47 @@ look() {
 resource_state() { look queued-resources state.state; }
 node_state() { look tpu-vm state; }
 
-# Runs remote.sh with the given words on all workers, or on those that WORKER names.
+# The last place that an experiment's arguments name for what it writes; empty: its own default.
+place() {
+  local found='' previous='' word
+  for word in "$@"; do
+    case $word in
+      --run=* | --out=*) found=${word#--*=} ;;
+      *) if [[ $previous == --run || $previous == --out ]]; then found=$word; fi ;;
+    esac
+    previous=$word
+  done
+  printf '%s\n' "$found"
+}
+
+# Refuses a run that BUCKET would not keep: remote.sh copies runs/RUN_ID and no other folder. A run in
+# a bucket needs no copy.
+check_place() {
+  local where
+  where=$(place "$@")
+  if [[ -z $BUCKET || $where == gs://* ]]; then return; fi
+  case ${where#./}/ in
+    "runs/$RUN_ID/"* | "${RUNS_DIR:-runs}/$RUN_ID/"*) ;;
+    *) fail "BUCKET keeps runs/$RUN_ID, but $1 would write to ${where:-its default folder};" \
+      "add --run runs/$RUN_ID or --run gs://…" ;;
+  esac
+}
+
+# The shell command that runs remote.sh with the given words on a worker.
+remote() {
+  local name
+  for name in "${PASSED_ON[@]}"; do
+    if [[ -n ${!name:-} ]]; then printf '%s=%q ' "$name" "${!name}"; fi
+  done
+  printf 'bash %s/tpu_scripts/remote.sh' "$REMOTE_DIR"
+  printf ' %q' "$@"
+}
+
+# Does so on all workers, or on those that WORKER names.
 on_workers() {
   local command
-  command=$(printf ' %q' "$@")
+  command=$(remote "$@")
   cloud compute tpus tpu-vm ssh "$TPU_NAME" "${WHERE[@]}" --worker "${WORKER:-all}" \
     --ssh-flag="-o ConnectTimeout=30" --ssh-flag="-o ServerAliveInterval=30" \
-    --command "bash $REMOTE_DIR/tpu_scripts/remote.sh$command"
+    --command "$command"
 }

@@ -13,14 +13,16 @@ mkdir -p "$state"
 running() { [[ -f $state/$1.pid ]] && kill -0 "$(<"$state/$1.pid")" 2>/dev/null; }
 
 setup() {
-  # The images have Python 3.10; uv brings a Python of its own.
-  python3 -m pip install --quiet --user uv
-  local uv=$HOME/.local/bin/uv
-  [[ -x .venv/bin/python ]] || "$uv" venv --python 3.12 .venv
+  # The images have Python 3.10; uv brings a Python of its own. Debian 12 and Ubuntu 24.04 guard theirs
+  # against pip, even for the user's own folder, where uv touches nothing of the system.
+  PATH=$PATH:$HOME/.local/bin
+  command -v uv >/dev/null || python3 -m pip install --quiet --user uv ||
+    python3 -m pip install --quiet --user --break-system-packages uv
+  [[ -x .venv/bin/python ]] || uv venv --python 3.12 .venv
   local extra=tpu
   if command -v nvidia-smi >/dev/null; then extra=cuda; fi
-  "$uv" pip install --quiet --python .venv/bin/python -e ".[all,${EGJAX_EXTRA:-$extra}]"
-  "$uv" pip install --quiet --python .venv/bin/python --no-deps virtualhome-eval==0.1.1
+  uv pip install --quiet --python .venv/bin/python -e ".[all,gcs,${EGJAX_EXTRA:-$extra}]"
+  uv pip install --quiet --python .venv/bin/python --no-deps virtualhome-eval==0.1.1
 }
 
 # Copies between the bucket and runs/RUN_ID; only worker 0 writes to the bucket.

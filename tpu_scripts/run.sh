@@ -4,5 +4,6 @@
 # Usage: [RUN_ID=…] [BUCKET=gs://…] ./run.sh experiments.pipeline --run "runs/$RUN_ID" …
 source "$(dirname "$0")/env.sh"
 
-[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./run.sh experiments.pipeline"
+[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./run.sh experiments.pipeline --run runs/$RUN_ID"
+check_place "$@"
 on_workers start "$RUN_ID" "$BUCKET" "$@"

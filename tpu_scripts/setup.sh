@@ -9,4 +9,4 @@ git -C "$ROOT" archive --format=tar.gz --prefix="$REMOTE_DIR/" -o "$folder/egjax
 cloud compute tpus tpu-vm scp "$folder/egjax.tar.gz" "$TPU_NAME:egjax.tar.gz" "${WHERE[@]}" \
   --worker all
 cloud compute tpus tpu-vm ssh "$TPU_NAME" "${WHERE[@]}" --worker all \
-  --command "tar xzf egjax.tar.gz && bash $REMOTE_DIR/tpu_scripts/remote.sh setup"
+  --command "tar xzf egjax.tar.gz && $(remote setup)"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Runs an experiment to its end on a slice that may be taken away: after each preemption the slice is
-# deleted and asked for again, and the run continues under the same RUN_ID (from BUCKET, because the
-# workers' disks go with the slice). Leaves with the run's exit code.
+# deleted and asked for again, and the run continues under the same RUN_ID (from BUCKET, or in
+# --run gs://…, because the workers' disks go with the slice). Leaves with the run's exit code.
 # Usage: SPOT=1 RUN_ID=… BUCKET=gs://… ./watch.sh experiments.pipeline --run "runs/$RUN_ID" …
 source "$(dirname "$0")/env.sh"
 here=$(dirname "$0")
 
-[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./watch.sh experiments.pipeline"
-if [[ $SPOT == 1 && -z $BUCKET ]]; then
-  fail "SPOT=1 needs BUCKET=gs://…: the workers' disks go with the slice"
+[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./watch.sh experiments.pipeline --run runs/$RUN_ID"
+check_place "$@"
+if [[ $SPOT == 1 && -z $BUCKET && $(place "$@") != gs://* ]]; then
+  fail "SPOT=1 needs BUCKET=gs://… or --run gs://…: the workers' disks go with the slice"
 fi
 
 bring_up() { "$here/create.sh" && "$here/setup.sh" && "$here/run.sh" "$@"; }
