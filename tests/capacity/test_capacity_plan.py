@@ -134,8 +134,7 @@ def test_advice_fits_by_its_own_formula():
 
 
 def test_advice_holds_the_formula_to_what_the_compiler_wanted():
-    # Seen: DPO of 8B, whose temporaries were 12.24 GiB where the formula has 8.25; and micro-batches
-    # need a second copy of the gradients.
+    # Seen: DPO of 8B, whose temporaries were 12.24 GiB where the formula has 8.25.
     dpo, topology = case("dpo", batch=16), parse("v5e:4x4")
     kinds = formula.memory(dpo, 4, 4)
     state = kinds["weights"] + kinds["optimizer"]
