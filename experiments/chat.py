@@ -65,11 +65,12 @@ class Config:
     model: Literal["ratio", "large", "expert", "base", "distilled", "preferred"] = "ratio"
     """What decodes; `ratio` is π̄."""
     large_from: Path | None = None
-    """Hugging Face folder of πᴸ, in place of the run. Alone, it decodes by itself."""
+    """Hugging Face folder of πᴸ, or a stage's folder of a run, in place of the run's models. Alone,
+    it decodes by itself."""
     expert_from: Path | None = None
-    """Hugging Face folder of πᴱ."""
+    """The same of πᴱ."""
     base_from: Path | None = None
-    """Hugging Face folder of πᴺ."""
+    """The same of πᴺ."""
     prompt: str = ""
     """A text to go on from; "\\n" is a line end. One turn, then the end."""
     task: str = ""

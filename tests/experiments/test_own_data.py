@@ -22,7 +22,7 @@ from egjax.lm.model import forward
 from egjax.lm.params import init
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.layout import Layout
-from experiments import distill, dpo, own, sft
+from experiments import chat, distill, dpo, own, sft
 from experiments.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,8 @@ def test_sft_then_dpo_and_what_comes_out_is_a_hugging_face_model(home, tmp_path,
     again = dpo.own_stage(dpo.Config(data=home / "pairs.jsonl", model=first.path, **options))
     assert again.kept
     assert "the model is in" in capsys.readouterr().err
+    chat.main(chat.Config(large_from=second.path, prompt="Some words", max_new_tokens=2))
+    assert capsys.readouterr().out
 
 
 def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
