@@ -205,9 +205,7 @@ def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
     entry = width if place and tokens <= config.hidden_size // 2 else 4
     rounded = width if width < 4 else 0
     table = _head(config) / split
-    if (
-        case.stage == "dpo"
-    ):  # that of the KL to the initial policy beside, both until they are added
+    if case.stage == "dpo":  # beside it the KL's to the initial policy, until they are added
         both = 2 * (entry + (rounded if entry > width else 0))
         gradient = table * (both if place else entry + rounded + width)
     else:
