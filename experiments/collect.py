@@ -47,7 +47,7 @@ from egjax.errors import EgjaxError
 from egjax.evals import card
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
-from egjax.evals.plans import Assignment, judge, plan_length
+from egjax.evals.plans import Assignment, Verdict, judge, plan_length
 from egjax.evals.results import SearchedTask
 from egjax.evals.trees import draw_tree
 from egjax.experience.records import PreferencePair, Trajectory, distinct, from_flat, to_flat
@@ -418,19 +418,23 @@ def _search_batch(
     if config.picture is not None:
         for place, row in enumerate(rows):
             draw(problem, row, outcome.search, place, config.picture)
+    scripts = [_script(problem, row, plan) for row, plan in zip(rows, plans, strict=True)]
+    # All at once: judged one by one, they would need a program of their own.
+    verdicts = judge([problem.assignments[row] for row in rows], scripts)
     return [
         replace(
-            _found(problem, row, outcome, place, plans[place], config),
+            _judged(_draft(problem, row, outcome, place, config), plan, script, verdict),
             labelled=labelled[place],
             explored=explored[place],
         )
-        for place, row in enumerate(rows)
+        for place, (row, plan, script, verdict) in enumerate(
+            zip(rows, plans, scripts, verdicts, strict=True)
+        )
     ]
 
 
-def _found(
-    problem: Problem, row: int, outcome: Outcome, place: int, plan: Sequence[int], config: Config
-) -> Found:
+def _draft(problem: Problem, row: int, outcome: Outcome, place: int, config: Config) -> Found:
+    """What the search says of a task, before its plan is judged."""
     task = problem.tasks[row]
     report = SearchedTask(
         name=task.name,
@@ -444,7 +448,7 @@ def _found(
         seconds=outcome.seconds / config.batch,
     )
     steps = int(np.asarray(outcome.record.length)[:, place].sum())
-    return _with_plan(problem, row, Found(report, [], None, steps, report.seconds), plan)
+    return Found(report, [], None, steps, report.seconds)
 
 
 def _labelled(
@@ -557,16 +561,23 @@ def _timed(found: Found, begun: float) -> Found:
 
 def _with_plan(problem: Problem, row: int, found: Found, plan: Sequence[int]) -> Found:
     """A plan over the action table, judged."""
-    lines = to_lines(plan, problem.tables[row], problem.assignments[row].names)
-    verdict = judge([problem.assignments[row]], [lines], batch=1)[0]
+    script = _script(problem, row, plan)
+    return _judged(found, plan, script, judge([problem.assignments[row]], [script], batch=1)[0])
+
+
+def _script(problem: Problem, row: int, plan: Sequence[int]) -> list[Line]:
+    return to_lines(plan, problem.tables[row], problem.assignments[row].names)
+
+
+def _judged(found: Found, plan: Sequence[int], script: list[Line], verdict: Verdict) -> Found:
     report = replace(
         found.report,
         goals=verdict.goals,
         satisfied=verdict.satisfied,
         solved=verdict.solved,
-        plan_length=plan_length(lines) if verdict.solved else None,
+        plan_length=plan_length(script) if verdict.solved else None,
     )
-    return replace(found, report=report, plan=lines, actions=tuple(map(int, plan)))
+    return replace(found, report=report, plan=script, actions=tuple(map(int, plan)))
 
 
 def draw(problem: Problem, row: int, trees: Search, place: int, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from egjax.sim.goals import GoalSizes, Predicate, encode_goal, goal_predicates
 from egjax.sim.graph import encode, sizes_of
 from egjax.sim.household import home_programs
 from egjax.sim.placing import PLACED, load_placed
-from egjax.sim.robothow import Program, find_dataset, load_programs
+from egjax.sim.robothow import Program, each_program, find_dataset, load_programs
 from experiments.common import note
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "HouseTask",
     "assignments",
     "dataset_name",
+    "each",
     "load_tasks",
     "make_task",
     "origin",
@@ -79,6 +80,18 @@ def programs(robothow: Path | None, names: Sequence[str] | None = None) -> list[
     folder = robothow or find_dataset()
     if folder is not None:
         return list(_load(Path(folder), None if names is None else tuple(names)))
+    return _embedded(names)
+
+
+def each(robothow: Path | None) -> Iterator[Program]:
+    """All programs, see `programs`, without holding more than one where that is possible."""
+    folder = robothow or find_dataset()
+    if folder is None:
+        return iter(_embedded(None))
+    return iter(load_placed(folder)) if (folder / PLACED).exists() else each_program(folder)
+
+
+def _embedded(names: Sequence[str] | None) -> list[Program]:
     note("RobotHow's data are not installed (virtualhome-eval); the embedded household serves")
     every = {program.name: program for program in home_programs()}
     missing = [name for name in names or () if name not in every]

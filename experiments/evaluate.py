@@ -63,7 +63,6 @@ NAMES = {"base": "πᴺ", "expert": "πᴱ", "large": "πᴸ", "ratio": "π̄", 
 NAMES |= {"preferred": "+ DPO"}
 _LATER = ("distilled", "preferred")  # a run may do without
 SEARCH, COPY, HUMAN = "search", "nearest plan", "human"
-_ROWS = 32  # plans judged at once
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def search_stage(config: Config, tasks: Done) -> Done:
         found = find_plans(problem, settings, labels=False, folder=out / PARTS)
         if hosts.index() > 0:
             return
-        human = judge(problem.assignments, [t.program.script for t in held], batch=_ROWS)
+        human = judge(problem.assignments, [t.program.script for t in held])
         rows = {
             SEARCH: _outcomes(held, [one.plan for one in found], _verdicts(problem, found)),
             HUMAN: _outcomes(held, [list(t.program.script) for t in held], human),
@@ -128,7 +127,7 @@ def search_stage(config: Config, tasks: Done) -> Done:
 
 
 def _verdicts(problem: Problem, found: Sequence[Any]) -> list[Verdict]:
-    return judge(problem.assignments, [one.plan for one in found], batch=_ROWS)
+    return judge(problem.assignments, [one.plan for one in found])
 
 
 def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> Done:
@@ -186,14 +185,14 @@ def _plans(
 ) -> dict[str, Callable[[], Any]]:
     """What gives the outcomes of each model's plans."""
     held = _held_out(tasks, config)
-    problem = Problem(held, SearchSettings().instances)
+    problem = Problem(held, SearchSettings().instances, rounded=True)
     prompts = [task.prompt() for task in held]
     known = [s for s in load_samples(text.path / "samples.jsonl") if s.task_type == "plan"]
 
     def copied() -> list[dict[str, Any]]:
         # The copy knows what πᴱ learnt from, relabelled errands included.
         plans = copy_plans([s.prompt for s in known], [s.completion for s in known], prompts)
-        return _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
+        return _outcomes(held, plans, judge(problem.assignments, plans))
 
     def decoded(name: str) -> list[dict[str, Any]]:
         models, combine = players[name]
@@ -206,7 +205,7 @@ def _plans(
             max_new_tokens=config.max_new_tokens,
             rows=config.rows,
         )
-        return _outcomes(held, plans, judge(problem.assignments, plans, batch=_ROWS))
+        return _outcomes(held, plans, judge(problem.assignments, plans))
 
     units = {f"plans.{name}": functools.partial(decoded, name) for name in players}
     return {f"plans.{COPY}": copied, **units}

@@ -127,7 +127,8 @@ def long() -> Plan:
 def tiny() -> Plan:
     """A pass through every stage in a minute or two, for tests: numbers mean nothing.
 
-    Most of the time is compilation, so both searches share their programs.
+    Most of the time is compilation: both searches share their programs, and so do errands and
+    hindsight on what the search tried.
     """
     looking = SearchConfig(simulations=32, rollouts=4)
     return Plan(
@@ -135,9 +136,21 @@ def tiny() -> Plan:
         tasks=tasks.Config(train=8, held_out=3),
         collect=collect.Config(search=looking, batch=4, second=0, shard_tasks=4),
         text=text.Config(
-            scenes=2, general=64, hindsight=64, questions=64, orders=1, asked=4, vocab_size=400
+            scenes=2,
+            general=64,
+            hindsight=24,
+            questions=16,
+            orders=1,
+            asked=4,
+            vocab_size=400,
+            batch=4,
         ),
-        pretrain=pretrain.Config(small=Training(2, 4, 384, 1e-3), large=Training(2, 4, 384, 1e-3)),
+        pretrain=pretrain.Config(
+            small=Training(2, 4, 384, 1e-3),
+            large=Training(2, 4, 384, 1e-3),
+            small_size=pretrain.Size(32, 64, 2, 2, 1, 16),
+            large_size=pretrain.Size(64, 128, 3, 2, 1, 32),
+        ),
         sft=sft.Config(training=Training(2, 4, 384, 1e-3)),
         distill=distill.Config(training=Training(2, 4, 384, 1e-3)),
         dpo=dpo.Config(training=Training(2, 4, 384, 1e-4)),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 
 from egjax.errors import EgjaxError
 from egjax.lm import hf
-from egjax.lm.config import LlamaConfig, large_config, small_config
+from egjax.lm.config import LlamaConfig
 from egjax.lm.params import init
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
 from egjax.mesh import make_mesh
@@ -33,7 +32,30 @@ from experiments.common import Done, Stage, emit, finished, open_run, run_main
 from experiments.models import Model, apply_of, asked, host_device, save
 from experiments.training import MODEL, LogTo, Training, figures, train
 
-__all__ = ["Config", "large_stage", "small_stage"]
+__all__ = ["Config", "Size", "large_stage", "small_stage"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a Llama from scratch.
+
+    Few wide heads: on a CPU the time of attention grows with the number of heads.
+    """
+
+    hidden_size: int
+    """Width."""
+    intermediate_size: int
+    """Width of the feed-forward layers."""
+    num_layers: int
+    """Depth."""
+    num_heads: int
+    """Heads of queries."""
+    num_kv_heads: int
+    """Heads of keys and values."""
+    head_dim: int
+    """Width of a head."""
+    max_seq_len: int = 512
+    """Longest sequence."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,10 @@ class Config:
     """The small model."""
     large: Training = field(default_factory=lambda: Training(120, 16, 256, 1.5e-3))
     """The large model."""
+    small_size: Size = Size(96, 256, 4, 2, 1, 48)
+    """Shape of the small one: 0.5M parameters at a vocabulary of 1,024."""
+    large_size: Size = Size(256, 768, 5, 4, 2, 64)
+    """Shape of the large one: 4M parameters."""
     small_from: Path | None = None
     """Hugging Face folder to start the small model from instead of random weights."""
     large_from: Path | None = None
@@ -63,12 +89,12 @@ class Config:
 
 def small_stage(config: Config, text: Done) -> Done:
     """Pretrains πᴺ."""
-    return _stage(config, text, "small", config.small, config.small_from, small_config)
+    return _stage(config, text, "small", config.small, config.small_from, config.small_size)
 
 
 def large_stage(config: Config, text: Done) -> Done:
     """Pretrains πᴸ."""
-    return _stage(config, text, "large", config.large, config.large_from, large_config)
+    return _stage(config, text, "large", config.large, config.large_from, config.large_size)
 
 
 def _stage(
@@ -77,10 +103,11 @@ def _stage(
     name: str,
     training: Training,
     folder: Path | None,
-    size: Callable[[int], LlamaConfig],
+    size: Size,
 ) -> Done:
     inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
     inputs |= {"text": text.fingerprint, "z_loss": config.z_loss}
+    inputs["size"] = None if folder else size
     if not config.train:
         inputs |= {"training": None, "z_loss": None}
         if folder is None:
@@ -120,7 +147,7 @@ def _rows(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) ->
 
 def _start(
     tokenizer: Tokenizer,
-    size: Callable[[int], LlamaConfig],
+    size: Size,
     folder: Path | None,
     seed: int,
     mesh: Mesh | None = None,
@@ -135,8 +162,9 @@ def _start(
                 remedy="give the run this tokenizer: --text.tokenizer-from",
             )
         return Model(params, config, theirs.fingerprint)
-    config = dataclasses.replace(
-        size(tokenizer.vocab_size),
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        **dataclasses.asdict(size),
         bos_id=tokenizer.token_id(BOS),
         eos_ids=(tokenizer.token_id(EOS),),
         pad_id=tokenizer.token_id(PAD),

@@ -8,6 +8,7 @@ had none. Hardware: two CPU cores, half a minute for 518 programs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
 from experiments.common import Done, Stage, emit, open_run, run_main
-from experiments.data import SPLITS, HouseTask, dataset_name, make_task, programs, split_tasks
+from experiments.data import SPLITS, HouseTask, dataset_name, each, make_task, split_tasks
 
 __all__ = ["Config", "stage"]
 
@@ -57,7 +58,8 @@ def stage(config: Config) -> Done:
 
 
 def _work(config: Config, out: Path) -> None:
-    found = [make_task(p, config.goals, "train") for p in programs(config.robothow)]
+    # Without their graphs, which are large, and needed for the goal only.
+    found = [_light(make_task(p, config.goals, "train")) for p in each(config.robothow)]
     tasks = [task for task in found if task.predicates]
     if not tasks:
         raise EgjaxError("no task has a goal", remedy="try --goals e2wm")
@@ -74,6 +76,10 @@ def _work(config: Config, out: Path) -> None:
         "tasks": [{"name": t.name, "title": t.title, "split": t.split} for t in kept],
     }
     write_atomic(out / "tasks.json", json.dumps(record, indent=1) + "\n")
+
+
+def _light(task: HouseTask) -> HouseTask:
+    return dataclasses.replace(task, program=dataclasses.replace(task.program, init={}, final={}))
 
 
 def _limit(tasks: list[HouseTask], config: Config) -> list[HouseTask]:

@@ -61,6 +61,8 @@ class Config:
     """Prompts per plan, with items and facts in different orders."""
     asked: int = 100
     """Questions per task type kept for evaluation, from held-out scenes."""
+    batch: int = 64
+    """Errands simulated at once; also decides which are drawn."""
     vocab_size: int = 1024
     """Tokens of the tokenizer."""
     tokenizer_from: Path | None = None
@@ -85,7 +87,12 @@ def _work(config: Config, tasks_path: Path, experience: Path, out: Path) -> None
     with progress("general text", config.general) as update:
         general = []
         for text in corpus(
-            worlds, config.general, seed=config.seed, activities=activities, unseen=unseen
+            worlds,
+            config.general,
+            seed=config.seed,
+            activities=activities,
+            unseen=unseen,
+            batch=config.batch,
         ):
             general.append(text)
             update(len(general), "")
@@ -151,8 +158,11 @@ def _plans(train: Sequence[HouseTask], experience: Path, config: Config) -> list
 
 def _hindsight(worlds: Sequence[World], config: Config, unseen: Sequence[str]) -> list[Sample]:
     samples = []
+    found = hindsight_samples(
+        worlds, config.hindsight, seed=config.seed, unseen=unseen, batch=config.batch
+    )
     with progress("hindsight", 2 * config.hindsight) as update:
-        for sample in hindsight_samples(worlds, config.hindsight, seed=config.seed, unseen=unseen):
+        for sample in found:
             samples.append(sample)
             update(len(samples), "")
     return samples
@@ -162,7 +172,7 @@ def _questions(worlds: Sequence[World], config: Config, *, seed: int, count: int
     """Counting and object paths, from errands."""
     found: list[Sample | None] = []
     rng = np.random.default_rng(seed)
-    for _, episodes, _ in errand_batches(worlds, 2 * count, seed=seed):
+    for _, episodes, _ in errand_batches(worlds, 2 * count, seed=seed, batch=config.batch):
         found += [counting(episode, seed=int(rng.integers(2**31))) for episode in episodes]
         # A path's story interleaves two errands of one household.
         for pair in zip(episodes[::2], episodes[1::2], strict=False):

@@ -9,14 +9,7 @@ from typing import Any
 
 from egjax.errors import EgjaxError
 
-__all__ = [
-    "PRESETS",
-    "LlamaConfig",
-    "RopeScaling",
-    "large_config",
-    "preset",
-    "small_config",
-]
+__all__ = ["PRESETS", "LlamaConfig", "RopeScaling", "preset"]
 
 
 @dataclass(frozen=True)
@@ -380,34 +373,3 @@ def preset(name: str) -> LlamaConfig:
     if found is None:
         raise EgjaxError(f"no model {name!r}", remedy=f"one of {', '.join(PRESETS)}")
     return found
-
-
-def small_config(vocab_size: int, *, max_seq_len: int = 512) -> LlamaConfig:
-    """The small model of the pipeline: about 0.5M parameters at a vocabulary of 1,024.
-
-    Few wide heads: on a CPU the time of attention grows with the number of heads.
-    """
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=96,
-        intermediate_size=256,
-        num_layers=4,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=48,
-        max_seq_len=max_seq_len,
-    )
-
-
-def large_config(vocab_size: int, *, max_seq_len: int = 512) -> LlamaConfig:
-    """The large model of the pipeline: about 4M parameters at a vocabulary of 1,024."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=768,
-        num_layers=5,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        max_seq_len=max_seq_len,
-    )

@@ -31,7 +31,6 @@ __all__ = [
     "pad",
     "pairs",
     "prune",
-    "replay",
     "replays",
     "trace",
 ]
@@ -92,52 +91,54 @@ class Pair(NamedTuple):
     kind: str
 
 
-def replay(
-    world: World, params: Params, embedding: Embedding, plan: Array, steps: Array
-) -> tuple[Array, Array, Array]:
-    """Plays one plan, skipping what is not legal and all that comes after the goal.
-
-    Args:
-        world: the rules.
-        params, embedding: one task and where it starts.
-        plan: int32[L]. Actions; -1 is skipped.
-        steps: int32[]. Only so many places of the plan are looked at.
-
-    Returns:
-        accepted bool[L], solved bool[], and the reward f32[L] of each accepted step.
-    """
-
-    def step(carry):
-        place, embedding, done, accepted, rewards = carry
-        index = jnp.maximum(plan[place], 0)
-        taken = world.legal(params, embedding)[index] & (plan[place] >= 0) & ~done
-        after, reward, solved, _ = world.step(params, embedding, index)
-        embedding = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, embedding)
-        rewards = rewards.at[place].set(jnp.where(taken, reward, 0.0))
-        return place + 1, embedding, done | (taken & solved), accepted.at[place].set(taken), rewards
-
-    none, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    start = none, embedding, no, jnp.zeros(plan.shape, bool), jnp.zeros(plan.shape, jnp.float32)
-    end = jax.lax.while_loop(lambda carry: carry[0] < steps, step, start)
-    return end[3], end[2], end[4]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _replay_batch(
     world: World, params: Params, embedding: Embedding, plans: Array, steps: Array
 ) -> tuple[Array, Array, Array]:
-    one = functools.partial(replay, world)
-    every = jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, 0, 0, None))
-    return every(params, embedding, plans, steps)
+    def one(params: Params, plan: Array, place: Array, embedding: Embedding, done: Array):
+        index = jnp.maximum(plan[place], 0)
+        taken = world.legal(params, embedding)[index] & (plan[place] >= 0) & ~done
+        after, reward, solved, _ = world.step(params, embedding, index)
+        embedding = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, embedding)
+        return embedding, done | (taken & solved), taken, jnp.where(taken, reward, 0.0)
+
+    # The loop is around the batched step: JAX traces what is in a loop that it has to batch again
+    # and again, until it knows what varies.
+    every = jax.vmap(jax.vmap(one, (None, 0, None, 0, 0)), (0, 0, None, 0, 0))
+
+    def step(carry):
+        place, embedding, done, accepted, rewards = carry
+        embedding, done, taken, reward = every(params, plans, place, embedding, done)
+        accepted, rewards = accepted.at[..., place].set(taken), rewards.at[..., place].set(reward)
+        return place + 1, embedding, done, accepted, rewards
+
+    count = plans.shape[1]
+    start = (
+        jnp.int32(0),
+        jax.tree.map(lambda x: jnp.repeat(x[:, None], count, 1), embedding),
+        jnp.zeros(plans.shape[:2], bool),
+        jnp.zeros(plans.shape, bool),
+        jnp.zeros(plans.shape, jnp.float32),
+    )
+    end = jax.lax.while_loop(lambda carry: carry[0] < steps, step, start)
+    return end[3], end[2], end[4]
 
 
 def replays(
     world: World, params: Params, embedding: Embedding, plans: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `replay` gives for P plans a task: bool[B, P, L], bool[B, P] and f32[B, P, L].
+    """Plays plans, skipping what is not legal and all that comes after the goal.
 
-    Plans go through in rounds of four, padded to a multiple of 64 steps: with few shapes, labelling
+    They go through in rounds of four, padded to a multiple of 64 steps: with few shapes, labelling
     compiles the world once.
+
+    Args:
+        world: the rules.
+        params, embedding: pytrees of [B, ...], the tasks and where they start.
+        plans: int32[B, P, L]. P plans a task; -1 is skipped.
+
+    Returns:
+        accepted bool[B, P, L], solved bool[B, P], and the reward f32[B, P, L] of accepted steps.
     """
     batch, count, length = plans.shape
     padded = np.full((batch, -(-count // 4) * 4, -(-length // 64) * 64), -1, np.int32)

@@ -424,20 +424,30 @@ def _play(world: World, params: Params, embedding: Embedding, draw: Array) -> Pl
     return jnp.where(jnp.any(legal), action, -1), *world.step(params, embedding, action)
 
 
-def _rollout(
-    world: World, config: SearchConfig, params: Params, leaf: Leaf, key: Array
+def _rollouts(
+    world: World, config: SearchConfig, params: Params, leaves: Leaf, keys: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Plays one random rollout from a leaf; one item.
+    """Plays R random rollouts from each of B leaves.
+
+    The loop is around the batched step: JAX traces what is in a loop that it has to batch again and
+    again, until it knows what varies.
+
+    Args:
+        world, config: what is searched, and how.
+        params: of B trees.
+        leaves: of B trees.
+        keys: [B, R].
 
     Returns:
-        Its actions int16[T], their number, whether the leaf or the rollout solved the task, and
-        the rollout's return from the leaf on.
+        Their actions int16[B, R, T], their numbers, whether the leaf or the rollout solved the
+        task, and the rollouts' returns from the leaf on.
     """
+    play = jax.vmap(jax.vmap(functools.partial(_play, world), (None, 0, 0)))
 
     def step(carry, x):
         embedding, done, steps, total, ever = carry
         time, draw = x
-        action, embedding, reward, solved, dead = _play(world, params, embedding, draw)
+        action, embedding, reward, solved, dead = play(params, embedding, draw)
         # What happens after the end is computed and ignored: cheaper than choosing between states.
         done |= action < 0
         total += jnp.where(done, 0.0, config.discount**time * reward)
@@ -445,11 +455,17 @@ def _rollout(
         ever |= solved & ~done
         return (embedding, done | solved | dead, steps + ~done, total, ever), taken
 
-    start = leaf.embedding, leaf.ended, jnp.int32(0), jnp.float32(0), leaf.solved
+    def each(x: Array) -> Array:
+        return jnp.repeat(x[:, None], keys.shape[1], axis=1)
+
+    embedding, ended, solved = jax.tree.map(each, (leaves.embedding, leaves.ended, leaves.solved))
+    none = jnp.zeros(keys.shape[:2], jnp.int32)
+    start = embedding, ended, none, none.astype(jnp.float32), solved
     times = jnp.arange(config.rollout_steps, dtype=jnp.float32)
-    draws = jax.random.uniform(key, times.shape)
+    draw = functools.partial(jax.random.uniform, shape=times.shape)
+    draws = jnp.moveaxis(jax.vmap(jax.vmap(draw))(keys), 2, 0)
     (_, _, steps, total, ever), actions = jax.lax.scan(step, start, (times, draws))
-    return actions, steps, ever, total
+    return jnp.moveaxis(actions, 0, 2), steps, ever, total
 
 
 def make_leaf(
@@ -563,26 +579,37 @@ def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value
 
 
 def _explore(
-    world: World, config: SearchConfig, params: Params, before: Embedding, action: Array, key: Array
-) -> tuple[Leaf, Array, Array, Array, Array, Array, Array]:
-    """Makes the leaf of one tree, and plays rollouts from it.
+    world: World,
+    config: SearchConfig,
+    params: Params,
+    before: Embedding,
+    actions: Array,
+    keys: Array,
+) -> tuple[Leaf, tuple[Array, Array, Array, Array], Array, Array]:
+    """Makes the leaves of B trees, and plays rollouts from them.
 
     Returns:
-        The leaf; what `_rollout` gives, with a leading axis of rollouts; the leaf's prior logits
-        and its value by the world's own function (0 where that is not asked for).
+        The leaves; what `_rollouts` gives; the leaves' prior logits and their values by the world's
+        own function (0 where that is not asked for).
     """
-    leaf = _grow(world, params, before, action)
+    leaves = jax.vmap(functools.partial(_grow, world))(params, before, actions)
     if config.value_weight < 1:
-        keys = jax.random.split(jax.random.fold_in(key, 1), config.rollouts)
-        played = jax.vmap(functools.partial(_rollout, world, config, params, leaf))(keys)
+        split = functools.partial(_rollout_keys, count=config.rollouts)
+        played = _rollouts(world, config, params, leaves, jax.vmap(split)(keys))
     else:
-        none = jnp.zeros((1,), jnp.int32)
-        played = jnp.zeros((1, 0), jnp.int16), none, leaf.solved[None], none.astype(jnp.float32)
-    value = jnp.zeros((), jnp.float32)
+        none = jnp.zeros((actions.size, 1), jnp.int32)
+        nothing = jnp.zeros((actions.size, 1, 0), jnp.int16)
+        played = nothing, none, leaves.solved[:, None], none.astype(jnp.float32)
+    value = jnp.zeros(actions.shape, jnp.float32)
     if config.value_weight > 0 and world.value is not None:
-        value = jnp.where(leaf.ended, 0.0, world.value(params, leaf.embedding))
-    logits = _logits(world, config, params, leaf.embedding, leaf.legal)
-    return leaf, *played, logits, value  # type: ignore[return-value]
+        own = jax.vmap(world.value)(params, leaves.embedding)
+        value = jnp.where(leaves.ended, 0.0, own)
+    logits = jax.vmap(functools.partial(_logits, world, config))
+    return leaves, played, logits(params, leaves.embedding, leaves.legal), value
+
+
+def _rollout_keys(key: Array, count: int) -> Array:
+    return jax.random.split(jax.random.fold_in(key, 1), count)
 
 
 def _trajectories(
@@ -620,10 +647,9 @@ def _simulate(
     live = path.edges > 0
     parent, action = _last_edge(path)
     before = jax.tree.map(lambda x: x[rows, parent], state.tree.embeddings)
-    explore = functools.partial(_explore, world, config)
-    leaf, played, steps, ever, total, logits, own = jax.vmap(explore)(params, before, action, keys)
+    leaf, played, logits, own = _explore(world, config, params, before, action, keys)
     state, path, closed = _expand(config, state, path, leaf, logits)
-    record = _trajectories(config, path, played, steps, ever, total)
+    record, total = _trajectories(config, path, *played), played[3]
     value, returns = jnp.mean(total, axis=1), record.returns
     if config.value_weight > 0:
         share = config.value_weight

@@ -90,14 +90,18 @@ def _facts(graph: Mapping[str, Any], close: bool) -> set[Predicate]:
         for node in graph["nodes"]
         for state in node["states"]
     }
-    for edge in graph["edges"]:
-        relation = edge["relation_type"].upper()
-        if relation == "CLOSE" and not close:
-            continue
-        a, b = classes[edge["from_id"]], classes[edge["to_id"]]
-        if relation == "CLOSE":
+    # Most edges are CLOSE, and most others say of a class what another edge has said already.
+    pairs = {
+        (edge["relation_type"], classes[edge["from_id"]], classes[edge["to_id"]])
+        for edge in graph["edges"]
+        if close or edge["relation_type"] != "CLOSE"
+    }
+    for relation, a, b in pairs:
+        if relation.upper() == "CLOSE":
+            if not close:
+                continue
             a, b = sorted((a, b), key=lambda name: (name != "character", name))
-        facts.add(Predicate(relation, a, b))
+        facts.add(Predicate(relation.upper(), a, b))
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -16,7 +17,10 @@ import jax
 import numpy as np
 import pytest
 
+from egjax.lm.config import LlamaConfig
+from egjax.lm.params import count
 from egjax.sim.robothow import find_dataset
+from experiments import pretrain
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "robothow_transitions.jsonl.gz"
@@ -82,6 +86,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, module, arguments, mess
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_models_from_scratch_have_the_sizes_they_claim():
+    sizes = pretrain.Config().small_size, pretrain.Config().large_size
+    small, large = (count(LlamaConfig(1024, **dataclasses.asdict(size))) for size in sizes)
+    assert 0.4e6 < small < 0.7e6
+    assert 3.5e6 < large < 4.7e6
 
 
 def test_every_script_tells_its_options():

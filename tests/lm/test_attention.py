@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 from egjax.errors import EgjaxError
 from egjax.lm.attention import Sight, choose, chunked, cudnn, dense, splash
 from egjax.lm.cache import empty
-from egjax.lm.config import LlamaConfig, small_config
+from egjax.lm.config import LlamaConfig
 from egjax.lm.model import forward
 from egjax.lm.params import init
 
@@ -141,7 +141,7 @@ def test_a_model_gives_the_same_with_chunks_packed_and_cached(config, params):
 
 
 def test_the_form_is_chosen_by_platform_and_size(monkeypatch):
-    config = dataclasses.replace(small_config(100), dtype="bfloat16", head_dim=64)
+    config = LlamaConfig(100, 96, 256, 4, 2, 1, 64, dtype="bfloat16")
 
     def chosen(tokens, *, keys=None, cached=False, config=config):
         ids = jnp.ones((1, tokens), jnp.int32)

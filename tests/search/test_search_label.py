@@ -12,7 +12,7 @@ import search_toy as toy
 
 from egjax.errors import EgjaxError
 from egjax.search import mcts
-from egjax.search.label import LabelConfig, insert, label, pairs, prune, replay, trace
+from egjax.search.label import LabelConfig, insert, label, pairs, prune, replays, trace
 
 STARTS = jnp.array([[0, 0, 0], [3, 3, 0], [1, 0, 0]])
 PARAMS = toy.Maze(jnp.array([3, 12, 2]), jnp.array([15, 10, 9]), jnp.array([False, False, True]))
@@ -85,10 +85,9 @@ def test_pruned_plans_have_no_needless_step(labelled):
             for place in range(len(plan)):
                 rest = plan[:place] + plan[place + 1 :]
                 # Steps that are not legal any more are skipped, as the pruning does.
-                params = jax.tree.map(lambda x, t=task: x[t], PARAMS)
-                assert not replay(
-                    toy.maze, params, STARTS[task], jnp.array([*rest, -1]), jnp.int32(len(rest))
-                )[1]
+                params = jax.tree.map(lambda x, t=task: x[t : t + 1], PARAMS)
+                here = np.array([[[*rest, -1]]])
+                assert not replays(toy.maze, params, STARTS[task : task + 1], here)[1]
 
 
 def test_prune_removes_a_detour_and_keeps_what_fails():
@@ -118,16 +117,16 @@ def test_insert_keeps_the_plan_inside_the_longer_one():
     assert not insert(toy.maze, PARAMS, STARTS, plans, np.full_like(lots, -1))[1].any()
 
 
-def test_replay_skips_what_is_illegal():
-    params = jax.tree.map(lambda x: x[0], PARAMS)
-    moves = jnp.array([1, 0, 3, 4, 0, -1, 0, 4, 2, 2, 2, 0])
-    accepted, solved, rewards = replay(toy.maze, params, STARTS[0], moves, jnp.int32(12))
-    assert bool(solved)
-    paid = [r for r, kept in zip(rewards.tolist(), accepted.tolist(), strict=True) if kept]
+def test_replays_skip_what_is_illegal():
+    moves = np.array([1, 0, 3, 4, 0, -1, 0, 4, 2, 2, 2, 0])
+    short = np.where(np.arange(12) < 10, moves, -1)
+    plans = np.array([[moves, short]] * 3)
+    accepted, solved, rewards = replays(toy.maze, PARAMS, STARTS, plans)
+    assert solved[0].tolist() == [True, False]
+    paid = rewards[0, 0][accepted[0, 0]].tolist()
     assert paid == pytest.approx([-0.1, -0.1, -0.1, 2, -0.1, -0.1, 2])
-    assert not np.asarray(rewards)[~np.asarray(accepted)].any()
-    assert not replay(toy.maze, params, STARTS[0], moves, jnp.int32(10))[1]
-    kept = list(itertools.compress(moves.tolist(), accepted.tolist()))
+    assert not rewards[~accepted].any()
+    kept = list(itertools.compress(moves.tolist(), accepted[0, 0].tolist()))
     assert kept == [0, 0, 0, 4, 2, 2, 2]
 
 
