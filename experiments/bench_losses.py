@@ -9,11 +9,10 @@ Value and gradient (hidden states and unembedding of the student) of each loss, 
 arguments and results; `loss_gradient_error/LOSS`, largest difference ÷ largest entry. In bfloat16
 also `loss_temp_memory_beside_gradient/LOSS`, both sides less the bytes of one unembedding: where
 logits and gradient share their place, XLA's CPU compiler copies its 16-bit integers to bfloat16.
-At the default size a run of one form takes 11 to 14 s (one teacher or none) on two hyperthreads of
+At the default size a run of one form takes 9 to 14 s (one teacher or none) on two hyperthreads of
 an AMD EPYC that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
-Expected in float32: time 0.99 (sft), 0.91 (dpo), 0.97 (reverse_kl), 0.95 (reverse_kl_ratio) of the
-naive form's, memory 0.013-0.043, gradients equal to 1e-5. In bfloat16: memory 0.14-0.27, beside the
-gradient 0.01-0.03.
+Expected in float32: time 0.91 to 0.99 of the naive form's, memory 0.013-0.043, gradients equal to
+1e-5. In bfloat16: memory 0.12-0.26, beside the gradient 0.01-0.04.
 """
 
 from __future__ import annotations
