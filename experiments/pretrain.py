@@ -28,6 +28,7 @@ from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
 from egjax.mesh import make_mesh
 from egjax.train.data import Sample, TokenBatch, pack, split
 from egjax.train.objectives import next_token
+from experiments import own
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
 from experiments.models import Model, apply_of, asked, host_device, save
 from experiments.training import MODEL, LogTo, Training, figures, train
@@ -173,6 +174,9 @@ def _start(
 
 
 def main(config: Config) -> None:
+    for name, folder in (("small", config.small_from), ("large", config.large_from)):
+        if folder is not None:
+            own.unused(config, f"{name}_size", when=f"with --{name}-from")
     with open_run(config.run):
         text = finished(config.run, "text", made_by="text")
         small, large = small_stage(config, text), large_stage(config, text)

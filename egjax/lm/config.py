@@ -11,6 +11,17 @@ from egjax.errors import EgjaxError
 
 __all__ = ["PRESETS", "LlamaConfig", "RopeScaling", "preset"]
 
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_seq_len",
+)
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -75,6 +86,9 @@ class LlamaConfig:
     pad_id: int | None = 0
 
     def __post_init__(self):
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise EgjaxError(f"{name} is {getattr(self, name)}", remedy="at least 1")
         if self.num_heads % self.num_kv_heads:
             raise EgjaxError(f"{self.num_kv_heads} kv heads do not divide {self.num_heads} heads")
         if self.head_dim % 2:

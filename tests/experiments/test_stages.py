@@ -77,6 +77,11 @@ def test_conformance_agrees_and_notices_a_difference(tmp_path, needs_robothow):
         ("replay", ["--robothow", "nowhere"], "nowhere: no RobotHow programs"),
         ("eai", [], "no interpreter with eai-eval 1.0.5"),
         ("sft", ["--run", "{tmp}/new"], "no finished stage 'text'"),
+        (
+            "pretrain",
+            ["--small-from", "folder", "--small-size.num-layers", "2"],
+            "--small-size has no effect with --small-from",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, module, arguments, message):

@@ -147,3 +147,17 @@ def test_scaling_by_name_and_unknown_names():
     assert preset("llama-3.2-3b").rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
     with pytest.raises(EgjaxError, match="no model 'llama-4'"):
         preset("llama-4")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads is 0"),
+        ({"num_layers": -1}, "num_layers is -1"),
+        ({"num_kv_heads": 3}, "3 kv heads do not divide 4 heads"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(EgjaxError, match=message):
+        LlamaConfig(**{**vars(LlamaConfig(100, 32, 64, 2, 4, 2, 16)), **change})
