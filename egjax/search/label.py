@@ -102,8 +102,8 @@ def _replay_batch(
         embedding = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, embedding)
         return embedding, done | (taken & solved), taken, jnp.where(taken, reward, 0.0)
 
-    # The loop is around the batched step: JAX traces what is in a loop that it has to batch again
-    # and again, until it knows what varies.
+    # The loop is around the batched step: of a batched loop JAX would trace the body several times,
+    # until it knows what varies.
     every = jax.vmap(jax.vmap(one, (None, 0, None, 0, 0)), (0, 0, None, 0, 0))
 
     def step(carry):

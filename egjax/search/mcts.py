@@ -429,8 +429,8 @@ def _rollouts(
 ) -> tuple[Array, Array, Array, Array]:
     """Plays R random rollouts from each of B leaves.
 
-    The loop is around the batched step: JAX traces what is in a loop that it has to batch again and
-    again, until it knows what varies.
+    The loop is around the batched step: of a batched loop JAX would trace the body several times,
+    until it knows what varies.
 
     Args:
         world, config: what is searched, and how.
