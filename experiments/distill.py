@@ -166,7 +166,7 @@ def _train(
 def _shape(config: LlamaConfig) -> LlamaConfig:
     """Without what two checkpoints of one model may state differently."""
     return dataclasses.replace(
-        config, bos_id=None, eos_ids=(), pad_id=None, dtype="float32", max_seq_len=0
+        config, bos_id=None, eos_ids=(), pad_id=None, dtype="float32", max_seq_len=1
     )
 
 
