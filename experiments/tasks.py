@@ -3,7 +3,7 @@
     python -m experiments.tasks --run runs/quick
 
 Writes `tasks.json` into the run: name, activity and split of each task with a goal, and how many
-had none. Hardware: two CPU cores, half a minute for 518 programs.
+had none. Hardware: one CPU core, some ten seconds for 518 programs.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def test_models_from_scratch_have_the_sizes_they_claim():
     small, large = (count(LlamaConfig(1024, **dataclasses.asdict(size))) for size in sizes)
     assert 0.4e6 < small < 0.7e6
     assert 3.5e6 < large < 4.7e6
+    assert min(size.num_layers for size in sizes) >= 4
 
 
 def test_every_script_tells_its_options():
