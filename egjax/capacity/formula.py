@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from egjax.capacity.stages import Case, frozen_table
-from egjax.lm.attention import CHUNK, DENSE_SCORES
+from egjax.lm.attention import BLOCK, CHUNK, DENSE_SCORES
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count
-from egjax.train.objectives import TOKENS_A_DEVICE
+from egjax.train.objectives import tokens_a_device
 
 __all__ = ["Cost", "cache_bytes", "cost", "memory", "state_bytes", "table_bytes"]
 
@@ -99,6 +99,8 @@ def _form(case: Case, length: int) -> str:
     form = case.layout.attention if case.stage != "decode" else "auto"
     if form != "auto":
         return form
+    if case.platform == "gpu" and length >= BLOCK and case.model.dtype != "float32":
+        return "cudnn"
     return "dense" if length**2 <= DENSE_SCORES else "chunked"
 
 
@@ -217,7 +219,7 @@ def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
     arrays = {"sft": 0, "dpo": 1, "distill": 2}[case.stage]
     if not place:
         arrays = 1 if case.stage == "sft" else 2
-    logits = arrays * min(tokens, TOKENS_A_DEVICE) * config.vocab_size / split * 4
+    logits = arrays * min(tokens, tokens_a_device(case.platform)) * config.vocab_size / split * 4
     return logits + tables + gradient
 
 
@@ -275,7 +277,7 @@ def _step_traffic(case: Case, data: int, model: int) -> float:
             # Scores written, read for the softmax, shares written and read.
             scores = tokens * case.length * c.num_heads / model * (8 + 2 * width)
             total += squares * c.num_layers * scores
-    chunks = tokens / TOKENS_A_DEVICE
+    chunks = tokens / tokens_a_device(case.platform)
     heads = _HEAD_PRODUCTS[case.stage] + len(case.frozen)
     total += heads * (chunks * _head(config) * width + 8 * tokens * config.vocab_size) / model
     return total

@@ -33,6 +33,7 @@ from egjax.train.step import LossFn
 __all__ = ["LEAN", "STAGES", "Case", "Program", "frozen_table", "program", "training_step"]
 
 Stage = Literal["sft", "dpo", "distill", "decode"]
+Platform = Literal["tpu", "gpu"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo", "distill", "decode")
 _ANY_STEPS = 1000  # of the schedule; it changes a constant of the program
 
@@ -54,6 +55,7 @@ class Case:
         new_tokens: of `length`, those that are decoded.
         layout: see `egjax.train.layout.Layout`.
         int8: the matrices of frozen models in eight bits, see `egjax.lm.int8`.
+        platform: `"tpu"` or `"gpu"`: which attention, and how large the chunks of losses.
     """
 
     stage: Stage
@@ -64,6 +66,7 @@ class Case:
     new_tokens: int = 128
     layout: Layout = LEAN
     int8: bool = False
+    platform: Platform = "tpu"
 
     def __post_init__(self):
         longest = self.model.max_seq_len

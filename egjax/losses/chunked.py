@@ -15,8 +15,10 @@ one for the unembedding's gradient. Two ways; the sizes decide:
   products; `chunked_token_losses` forms the logits anew going backward: 2·M + 2.
 
 Either way the logits of a teacher exist for n tokens at a time, 4·n·V bytes for a `Head`, twice as
-many for a `Ratio`. Blocks that are multiplied take a few times 4·D·`COLUMNS` bytes. Gradients are
-rounded to the type of the matrix once; logits are never rounded.
+many for a `Ratio`. Blocks that are multiplied take a few times 4·D bytes a column. How many tokens
+and columns, `SIZES` says for each platform. Gradients are rounded to the type of the matrix once;
+logits are never rounded. On an accelerator the gradients of the logits are, to the type of hidden
+states and matrix, before the two products with them: as those of every other layer are.
 
 A loss is named by its terms (`egjax.losses.distill`) and a teacher: the negative log-likelihood
 is the forward KL to `Targets`, whose probability is all on one token.
@@ -55,16 +57,47 @@ T = TypeVar("T")
 Pick = Callable[[Array], Array]
 Scores = Array | Callable[[Array], Array]
 
-TOKENS = 64
-"""Tokens of which a teacher's logits exist at once: more are faster, at 4·V bytes each an array."""
-COLUMNS = 1024
-"""Columns of the vocabulary that are multiplied at once."""
-ENTRIES = {"cpu": 2**18, "other": 2**22}
-"""Logits turned into losses at once: few stay in a CPU's cache; many keep an accelerator busy."""
+class Sizes(NamedTuple):
+    """How much of [tokens, vocabulary] exists at once.
+
+    Attributes:
+        tokens: whose logits do, where the student's are formed a few tokens at a time. More are
+            faster, at 4·V bytes each an array.
+        scored: whose teacher's logits do, where the student's are in the gradient's place.
+        columns: of the vocabulary that are multiplied at once there.
+        block: the same a few tokens at a time.
+        summed: logits that are summed over at once. Few stay in a CPU's cache.
+        turned: logits that are turned into gradients at once, in the gradient's place.
+    """
+
+    tokens: int
+    scored: int
+    columns: int
+    block: int
+    summed: int
+    turned: int
 
 
-def _entries() -> int:
-    return ENTRIES.get(jax.default_backend(), ENTRIES["other"])
+_ALL = 2**62
+SIZES = {
+    "cpu": Sizes(64, 64, 1024, 1024, 2**18, 2**18),
+    # A matrix is read from memory once for each chunk of tokens, and the float32 sum of its
+    # gradient read and written: 2048 tokens make that an eighth of the time of the products.
+    "gpu": Sizes(2048, 64, 2048, _ALL, _ALL, 2**20),
+    "tpu": Sizes(512, 64, 1024, 1024, 2**22, 2**22),
+}
+"""By platform."""
+
+
+def _sizes() -> Sizes:
+    return SIZES.get(jax.default_backend(), SIZES["gpu"])
+
+
+def _rounded(grads: Array, like: Array) -> Array:
+    """Gradients of logits as they are multiplied: a CPU multiplies float32 fastest, accelerators
+    the 16 bits of hidden states and matrix."""
+    small = like.dtype.itemsize == 2 and jax.default_backend() != "cpu"
+    return grads.astype(like.dtype) if small else grads
 
 
 def _allowed(x: Array, mask: Array | None, never: float) -> Array:
@@ -403,7 +436,7 @@ def _measure(
     known = scores.ndim == 1
     scores = scores if known else _split(scores, 1, shards)
     mask = None if vocab_mask is None else _split(vocab_mask, 0, shards)
-    count, width, place = _blocks(size, _entries() // (scores.shape[0] * shards))
+    count, width, place = _blocks(size, _sizes().summed // (scores.shape[0] * shards))
 
     # Sums of their own for each lane, added up at the end: so every step is elementwise.
     zeros = jnp.zeros((scores.shape[0], *([shards] if shards > 1 else []), width), jnp.float32)
@@ -516,7 +549,9 @@ def _columns(head: Head, shards: int, start: Array, width: int) -> tuple[Array, 
     """Columns of the unembedding, laid out as it is, and the letters of their axes."""
     # Seemingly another matrix in each round: else the CPU's compiler cuts the blocks of a bfloat16
     # matrix from a float32 copy of all of it.
-    weight, start = jax.lax.optimization_barrier((head.unembedding, start))
+    weight = head.unembedding
+    if jax.default_backend() == "cpu":
+        weight, start = jax.lax.optimization_barrier((weight, start))
     weight = _split(weight, 0 if head.tied else 1, shards)
     axis = weight.ndim - (2 if head.tied else 1)
     letters = _device_letter(shards) + "vd" if head.tied else f"d{_device_letter(shards)}v"
@@ -528,7 +563,8 @@ def _keep(
 ) -> tuple[tuple[Array, Array], Array]:
     """Losses and z-losses float32[N], and the gradients of their sums in the logits, in place."""
     place = _Place(settings, student)
-    count, width, at = _blocks(settings.vocabulary, COLUMNS)
+    sizes = _sizes()
+    count, width, at = _blocks(settings.vocabulary, sizes.columns)
 
     def multiply(block: Array, kept: Array) -> Array:
         start, _ = at(block)
@@ -540,9 +576,9 @@ def _keep(
     kept = jax.lax.fori_loop(0, count, multiply, place.empty())
     rows = settings.rows
     if isinstance(teacher, Targets):  # which have no logits that would take memory
-        rows = max(rows, _entries() // COLUMNS)
+        rows = max(rows, sizes.summed // sizes.columns)
     chunks, rows, chunk_at = _blocks(settings.count, rows)
-    tiles, tile, tile_at = _blocks(settings.vocabulary, _entries() // rows)
+    tiles, tile, tile_at = _blocks(settings.vocabulary, sizes.turned // rows)
 
     def chunk(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, values = carry
@@ -578,25 +614,27 @@ def _keep(
 def _grads_of_kept(settings: _Settings, student: Head, kept: Array, weights: Array) -> Head:
     """The gradient of the weighted sum of losses; the unembedding's takes the place of `kept`."""
     place = _Place(settings, student)
-    count, width, at = _blocks(settings.vocabulary, COLUMNS)
+    count, width, at = _blocks(settings.vocabulary, _sizes().columns)
+    late = jax.default_backend() == "cpu"  # fewer products with the weights, none to be rounded
+    left = student.hidden.astype(jnp.float32) * weights[:, None] if late else student.hidden
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
-    weighted = (student.hidden.astype(jnp.float32) * weights[:, None]).T
-    weighted = jax.lax.optimization_barrier(weighted)
+    left = jax.lax.optimization_barrier(left.T)
 
     def block(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, hidden = carry
         start, fresh = at(index)
         grads = jnp.where(fresh, place.read(kept, 0, settings.count, start, width), 0.0)
+        grads = grads if late else _rounded(grads * weights[:, None], student.hidden)
         columns, letters = _columns(student, 1, start, width)
         of_logits = f"n{letters.replace('d', '')}"
         multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        hidden += multiply(f"{of_logits},{letters}->nd", grads, columns.astype(jnp.float32))
-        part = multiply(f"dn,{of_logits}->{letters}", weighted, grads)
+        hidden += multiply(f"{of_logits},{letters}->nd", grads, columns.astype(grads.dtype))
+        part = multiply(f"dn,{of_logits}->{letters}", left, grads)
         return place.put(kept, part, start, fresh), hidden
 
     zeros = jnp.zeros(student.hidden.shape, jnp.float32)
     kept, hidden = jax.lax.fori_loop(0, count, block, (kept, zeros))
-    hidden = (hidden * weights[:, None]).astype(student.hidden.dtype)
+    hidden = (hidden * weights[:, None] if late else hidden).astype(student.hidden.dtype)
     return Head(hidden, place.gradient(kept), tied=student.tied)
 
 
@@ -652,15 +690,15 @@ def _values_and_grads(
 def _hidden_grads(settings: _Settings, head: Head, grads: Array) -> Array:
     """`grads @ unembedding^T`, float32[n, D]."""
     weight = head.unembedding
-    if weight.dtype == jnp.float32:
+    flat = _rounded(grads.reshape(grads.shape[0], -1), head.hidden)
+    if weight.dtype == flat.dtype:
         # [D, n] rather than [n, D]: with few rows 1.3 times as fast on a CPU.
         formula = "vd,nv->dn" if head.tied else "dv,nv->dn"
-        flat = grads.reshape(grads.shape[0], -1)
         part = jnp.einsum(formula, weight, flat, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(part).T  # else it is moved into the product
     # In blocks, since the product of bfloat16 and float32 would take a float32 copy of the matrix.
     device = _device_letter(settings.shards)
-    count, width, place = _blocks(grads.shape[-1], COLUMNS // settings.shards)
+    count, width, place = _blocks(grads.shape[-1], _sizes().block // settings.shards)
 
     def add(block: Array, total: Array) -> Array:
         start, fresh = place(block)
@@ -693,13 +731,17 @@ def _logit_grads(
     Returns:
         `total` with what these tokens add, and the gradients of the logits.
     """
-    count, width, place = _blocks(logits.shape[-1], COLUMNS // settings.shards)
+    count, width, place = _blocks(logits.shape[-1], _sizes().block // settings.shards)
     device = _device_letter(settings.shards)
     formula = f"dn,n{device}v->" + (f"{device}vd" if head.tied else f"d{device}v")
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
     hidden = jax.lax.optimization_barrier(head.hidden.T)
     axis, last = total.ndim - (2 if head.tied else 1), logits.ndim - 1
     scale = _beside(weights / rows.temperature, logits)
+    multiply = partial(jnp.einsum, formula, hidden, preferred_element_type=jnp.float32)
+    if count == 1:
+        grads = _rounded(scale * rows.grads(settings.terms, logits, jnp.int32(0)), hidden)
+        return total + multiply(grads), grads
 
     def put(block: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         total, logits = carry
@@ -710,11 +752,10 @@ def _logit_grads(
         # Read back, so that the old columns have no other reader: else they are copied, all of
         # them in every round.
         logits = jax.lax.optimization_barrier(logits)
-        grads = jnp.where(fresh, _cut(logits, start, width), 0.0)
-        outer = jnp.einsum(formula, hidden, grads, preferred_element_type=jnp.float32)
+        grads = _rounded(jnp.where(fresh, _cut(logits, start, width), 0.0), hidden)
         before = jax.lax.dynamic_slice_in_dim(total, start, width, axis=axis)
-        total = jax.lax.dynamic_update_slice_in_dim(total, before + outer, start, axis=axis)
-        return total, logits
+        added = before + multiply(grads)
+        return jax.lax.dynamic_update_slice_in_dim(total, added, start, axis=axis), logits
 
     return jax.lax.fori_loop(0, count, put, (total, logits))
 
@@ -774,12 +815,17 @@ _each.defvjp(_each_forward, _each_backward)
 
 
 def _flat(
-    student: Head, teacher: Teacher, terms: Terms, tokens: int, shards: int, z_loss: float = 0.0
+    student: Head,
+    teacher: Teacher,
+    terms: Terms,
+    tokens: int | None,
+    shards: int,
+    z_loss: float = 0.0,
 ) -> tuple[_Settings, Head, Teacher, tuple[int, ...]]:
     """One axis of N tokens for all, and the shape to go back to."""
     shape = student.hidden.shape[:-1]
     count = math.prod(shape)
-    if tokens < 1 or shards < 1 or student.vocabulary % shards:
+    if (tokens is not None and tokens < 1) or shards < 1 or student.vocabulary % shards:
         raise ValueError(
             f"tokens={tokens} and vocab_shards={shards}: the first is at least 1, the second "
             f"divides the vocabulary of {student.vocabulary}"
@@ -797,8 +843,13 @@ def _flat(
             raise ValueError(f"an array of shape {x.shape} for tokens of shape {shape}")
         return x.reshape(count, *x.shape[len(shape) :])
 
-    settings = _Settings(terms, count, student.vocabulary, tokens, shards, z_loss)
-    return settings, student.pick(flat), teacher.pick(flat), shape
+    def settings(tokens: int) -> _Settings:
+        return _Settings(terms, count, student.vocabulary, tokens, shards, z_loss)
+
+    chosen = settings(tokens or _sizes().tokens)
+    if tokens is None and _Place(chosen, student).fits:
+        chosen = settings(_sizes().scored)
+    return chosen, student.pick(flat), teacher.pick(flat), shape
 
 
 def _strange(teacher: Teacher, student: Head) -> Array | bool:
@@ -817,7 +868,7 @@ def chunked_loss(
     terms: Terms = reverse_kl_terms,
     temperature: float | Array = 1.0,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     vocab_shards: int = 1,
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
@@ -836,6 +887,7 @@ def chunked_loss(
         temperature: divides the logits of both; the result is not multiplied by its square.
         vocab_mask: bool[V], False for padded columns, which neither side may use.
         tokens: at most so many have logits at once; the student's only where there are more than D.
+            None goes by the platform, see `SIZES`.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
         z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
             sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.
@@ -868,7 +920,7 @@ def chunked_top_k(
     *,
     temperature: float | Array = 1.0,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
 ) -> TopK:
     """The teacher as a `TopK`, for keeping on disk: 8 k + 4 bytes a token.
 
@@ -881,7 +933,8 @@ def chunked_top_k(
     """
     head = teacher.large if isinstance(teacher, Ratio) else teacher
     shape = head.hidden.shape[:-1]
-    settings = _Settings(reverse_kl_terms, math.prod(shape), head.vocabulary, tokens)
+    count = math.prod(shape)
+    settings = _Settings(reverse_kl_terms, count, head.vocabulary, tokens or _sizes().tokens)
     flat = teacher.pick(lambda x: x.reshape(settings.count, *x.shape[len(shape) :]))
     scale = jnp.asarray(temperature, jnp.float32)
 
@@ -909,7 +962,7 @@ def chunked_token_losses(
     terms: Terms = reverse_kl_terms,
     temperature: float | Array = 1.0,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     vocab_shards: int = 1,
 ) -> Array:
     """The loss of each token, for any function of them.
@@ -931,7 +984,7 @@ def chunked_token_logps(
     targets: Array,
     *,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     vocab_shards: int = 1,
 ) -> Array:
     """`token_logps` from a head: log-probability of each target.
@@ -960,7 +1013,7 @@ def chunked_sequence_logps(
     mask: Array,
     *,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     vocab_shards: int = 1,
 ) -> tuple[Array, Array]:
     """`sequence_logps` from a head: what preference losses are made of.
@@ -986,7 +1039,7 @@ def chunked_kl_to_initial(
     mask: Array,
     *,
     vocab_mask: Array | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     vocab_shards: int = 1,
 ) -> Array:
     """`kl_to_initial` from heads: `Σ_m KL(π ‖ π₀)` of each completion, exact per token.

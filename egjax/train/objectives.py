@@ -36,6 +36,7 @@ from egjax.losses import (
     token_logps,
 )
 from egjax.losses import z_loss as squared_normaliser
+from egjax.losses.chunked import SIZES
 from egjax.mesh import mesh_in_use
 from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn
@@ -49,19 +50,27 @@ __all__ = [
     "preference",
     "preference_with_initial",
     "reference_logps",
+    "tokens_a_device",
 ]
 
 Array = jax.Array
 Params = Any
 
-TOKENS_A_DEVICE = 512
-"""Tokens whose logits a row of devices forms at once on a mesh: enough that reading the
-unembedding from memory takes less time than multiplying with it."""
 
 # (params, tokens, positions, segment_ids), the last three int32[B, T] -> logits [B, T, V] or a
 # head with hidden states [B, T, D]. For `SharedPairBatch` it is given prefix_ids as well.
 Apply = Callable[..., Any]
 Pairs = PairBatch | SharedPairBatch
+
+
+def tokens_a_device(platform: str) -> int:
+    """Tokens whose logits a row of devices forms at once on a mesh: enough that reading the
+    unembedding from memory takes less time than multiplying with it.
+
+    Args:
+        platform: `"cpu"`, `"gpu"` or `"tpu"`.
+    """
+    return max(512, SIZES[platform].tokens)
 
 
 class Frozen(NamedTuple):
@@ -115,7 +124,7 @@ def _by_device(chunked: Callable[..., Any], student: Head, others: Any, whole: A
         return chunked(student, others, whole)
     shards = mesh.shape["model"]
     sizes = {
-        "tokens": TOKENS_A_DEVICE,
+        "tokens": tokens_a_device(jax.default_backend()),
         "vocab_shards": 1 if student.vocabulary % shards else shards,
     }
     if mesh.shape["data"] == 1:

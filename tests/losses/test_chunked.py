@@ -38,8 +38,7 @@ divergence = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """37 columns in blocks of 8 or 5 (the last one overlaps); 14 tokens in chunks of 4."""
-    monkeypatch.setattr(chunked, "COLUMNS", 8)
-    monkeypatch.setattr(chunked, "ENTRIES", {"cpu": 20, "other": 20})
+    monkeypatch.setitem(chunked.SIZES, "cpu", chunked.Sizes(64, 64, 8, 8, 20, 20))
 
 
 def head(seed, tied=False, dtype=jnp.float32, shape=SHAPE, width=WIDTH, vocab=VOCAB):
@@ -115,6 +114,49 @@ def test_composed_teacher(plain, terms, options, width):
         )[0]
 
     compare(naive, chunks, student)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The chunks of an accelerator, traced anew: 5 tokens at a time, or 3 of a teacher."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    everything = chunked.SIZES["gpu"].block
+    sizes = chunked.Sizes(5, 3, 8, everything, everything, 20)
+    monkeypatch.setitem(chunked.SIZES, "gpu", sizes)
+    # Rounded as there, multiplied in float32: a CPU lacks some products of bfloat16.
+    rounded = chunked._rounded
+    monkeypatch.setattr(chunked, "_rounded", lambda *x: rounded(*x).astype(jnp.float32))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@widths
+def test_chunks_of_an_accelerator(width, dtype, rtol, tied):
+    student = head(0, tied, dtype=dtype, width=width)
+    models = [head(i, dtype=dtype) for i in (1, 2, 3)]
+    teacher = Ratio(*models, alpha=0.6, clip=0.8)
+    mask = jnp.arange(7) < 5
+
+    def naive(s):
+        goal = losses.behaviour_ratio(*map(logits, models), alpha=0.6, clip=0.8)
+        logps = losses.token_logps(logits(s), TARGETS)
+        one = (WEIGHTS * losses.reverse_kl(logits(s), goal)).sum()
+        two = (WEIGHTS * losses.generalised_jsd(logits(s), logits(models[0]))).sum()
+        return one + two - (WEIGHTS * logps).sum() + jnp.sin((mask * logps).sum(-1)).sum()
+
+    def chunks(s):
+        targets, jsd = Targets(TARGETS), losses.generalised_jsd_terms
+        one, _ = losses.chunked_loss(s, teacher, WEIGHTS)
+        two, _ = losses.chunked_loss(s, models[0], WEIGHTS, terms=jsd)
+        nll, _ = losses.chunked_loss(s, targets, WEIGHTS, terms=losses.forward_kl_terms)
+        sums, _ = losses.chunked_sequence_logps(s, TARGETS, jnp.broadcast_to(mask, SHAPE))
+        return one + two + nll + jnp.sin(sums).sum()
+
+    compare(naive, chunks, student, rtol)
 
 
 @divergence
@@ -285,8 +327,8 @@ def test_all_logits_never_exist(make, width):
 
 
 def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(chunked, "COLUMNS", 512)
-    monkeypatch.setattr(chunked, "ENTRIES", {"cpu": 2**18, "other": 2**18})
+    sizes = chunked.Sizes(64, 64, 512, 512, 2**18, 2**18)
+    monkeypatch.setitem(chunked.SIZES, "cpu", sizes)
 
     def temp(fn, count, vocab, width=64):
         def arrays(rows, columns):
@@ -354,8 +396,7 @@ from egjax import losses
 from egjax.losses import Head, Ratio, Targets, chunked
 from egjax.mesh import make_mesh
 
-chunked.COLUMNS = 16
-chunked.ENTRIES = dict(cpu=256, other=256)
+chunked.SIZES["cpu"] = chunked.Sizes(64, 64, 16, 16, 256, 256)
 mesh = make_mesh(data=2, model=4)
 N, V, S = 32, 240, 4
 keys = jax.random.split(jax.random.key(0), 8)
