@@ -12,8 +12,9 @@ ratios of two neighbouring runs, and the least and greatest of them; `decode_cpu
 CPU seconds (on a CPU), which other jobs disturb less; `decode_accepted`, share of drafts kept where
 all steps draft; `decode_round_cost` (`agree` alone), time of a round in plain steps, against the
 formula of `egjax.lm.speculate.round_cost`; `decode_weight_bytes`, bytes of weights that a plain
-step reads, `decode_cache_bytes`, of keys and values half-way; `decode_bandwidth`, both by the time
-of a plain step, ratio = share of the bandwidth that copying an array reaches in the same run.
+step multiplies with (not of an embedding that is not the unembedding, too), `decode_cache_bytes`,
+of keys and values half-way; `decode_bandwidth`, both by the time of a plain step, ratio = share of
+the bandwidth that copying an array reaches in the same run.
 `--keep NAME` writes them to experiments/results/decode.
 Bars: `decode_ratio` ≥ 1.5 in `agree`, ≥ 0.95 in `never`.
 Hardware: two CPU cores, two minutes; a GPU.
@@ -39,7 +40,7 @@ from egjax.evals.manifest import describe, write_atomic
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Models
 from egjax.lm.generate import Prompts, generate
-from egjax.lm.params import Params, count, init
+from egjax.lm.params import Params, count, init, unstacked
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import Speculation, round_cost, speculate
 from egjax.train.progress import progress
@@ -87,6 +88,9 @@ class Config:
     """Which of agree, half, never."""
     repeats: int = 5
     """Timed runs of each form, after one that is not timed."""
+    layers: Literal["auto", "stacked", "apart"] = "auto"
+    """Stacked layers are scanned, layers apart (`egjax.lm.params.unstacked`) follow one another;
+    auto: apart on a GPU."""
     seed: int = 0
     """Of weights and prompts."""
     keep: str = ""
@@ -138,10 +142,16 @@ def cases(config: Config, contrary: float) -> Models:
     other = np.where(differs, np.roll(successor, 1), successor)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     large, small = (_llama(size, config) for size in (config.large, config.small))
+    apart = config.layers == "apart" or (config.layers == "auto" and jax.default_backend() == "gpu")
+
+    def model(key: Array, llama: LlamaConfig, after: np.ndarray, logit: float):
+        params = _speaking(key, llama, after, logit)
+        return (unstacked(params, consume=True) if apart else params), llama
+
     return [
-        (_speaking(keys[0], large, other, 40.0), large),
-        (_speaking(keys[1], small, successor, 10.0), small),
-        (_speaking(keys[2], small, successor, 0.0), small),
+        model(keys[0], large, other, 40.0),
+        model(keys[1], small, successor, 10.0),
+        model(keys[2], small, successor, 0.0),
     ]
 
 
@@ -218,7 +228,7 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
     step = (seconds["plain"] - seconds["prefill"]) / (config.tokens - 1)
     configs = [c for _, c in models]
     rates = {form: config.rows * config.tokens / seconds[form] for form in ("fast", "plain")}
-    weights = sum(count(c) * jnp.dtype(c.dtype).itemsize for c in configs)
+    weights = sum(_weight_bytes(c) for c in configs)
     cached = sum(_cache_bytes(c, config) for c in configs)
     drafted = int(drafting.drafted.sum())
     note(
@@ -259,6 +269,12 @@ def _measure(name: str, config: Config, bandwidth: float) -> list[Figure]:
         formula = round_cost(configs, draft=1, drafts=config.drafts, rows=config.rows)
         rows.append(row("decode_round_cost", cost, "plain steps", "formula", formula))
     return rows
+
+
+def _weight_bytes(config: LlamaConfig) -> int:
+    """Bytes of weights that are multiplied with a token: all but an embedding of its own."""
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return (count(config) - looked_up) * jnp.dtype(config.dtype).itemsize
 
 
 def _cache_bytes(config: LlamaConfig, options: Config) -> int:

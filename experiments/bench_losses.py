@@ -2,6 +2,7 @@
 
     python -m experiments.bench_losses [--memory-only] [--losses sft reverse_kl ...]
     python -m experiments.bench_losses --vocabulary 4096 --width 128 --tokens 256   # seconds
+    python -m experiments.bench_losses --compile-for h200:1     # memory on a GPU, without the GPU
 
 Value and gradient (hidden states and unembedding of the student) of each loss, once from all logits
 (naive) and once in chunks, in one process, in turns. Rows, ratio = chunked ÷ naive:
@@ -17,6 +18,7 @@ Expected in float32: time 0.91 to 0.99 of the naive form's, memory 0.013-0.043, 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +29,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from egjax import losses
+from egjax.capacity.chips import parse
+from egjax.capacity.compiled import devices_of, traced_for
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.losses import Head, Ratio, Targets
@@ -51,10 +56,10 @@ class Loss(NamedTuple):
 
     models: int
     naive: Callable[[Head, list[Head], Array], Array]
-    chunked: Callable[[Head, list[Head], Array, int], Array]
+    chunked: Callable[[Head, list[Head], Array, int | None], Array]
 
 
-def _mean(student: Head, teacher: Any, terms: losses.Terms, chunk: int) -> Array:
+def _mean(student: Head, teacher: Any, terms: losses.Terms, chunk: int | None) -> Array:
     count = student.hidden.shape[0]
     weights = jnp.full(count, 1 / count)
     return losses.chunked_loss(student, teacher, weights, terms=terms, tokens=chunk)[0]
@@ -130,15 +135,17 @@ class Config:
     """Width D of every model."""
     vocabulary: int = 128_256
     """Vocabulary V."""
-    chunk: int = 64
+    chunk: int | None = None
     """Tokens of which a teacher's logits exist at once in the chunked form; the student's as well
-    where there are more tokens than the width."""
+    where there are more tokens than the width. None goes by the platform."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of hidden states and unembeddings; sums are float32."""
     repeats: int = 5
     """Timed runs of each form, after one that is not timed."""
     memory_only: bool = False
     """Compile only."""
+    compile_for: str | None = None
+    """Compile only, for a GPU that is not at hand, e.g. h200:1 (`pip install 'egjax[cuda]'`)."""
     seed: int = 0
     """Of the random inputs."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
@@ -158,20 +165,32 @@ def main(config: Config) -> None:
             where="--tokens",
             remedy="give a multiple of 128",
         )
-    with progress("losses", len(config.losses)) as advance:
+    place, tracing = None, contextlib.nullcontext()
+    if config.compile_for is not None:
+        topology = parse(config.compile_for)
+        if topology.chips > 1 or topology.chip.is_tpu:
+            raise EgjaxError(
+                f"{topology.name} is not one GPU", where="--compile-for", remedy="e.g. h200:1"
+            )
+        place, tracing = SingleDeviceSharding(devices_of(topology)[0]), traced_for("gpu")
+    with tracing, progress("losses", len(config.losses)) as advance:
         for done, name in enumerate(config.losses, start=1):
-            emit(*measure(name, config), json=config.json)
+            emit(*measure(name, config, place), json=config.json)
             advance(done, name)
 
 
-def measure(name: str, config: Config) -> list[Figure]:
-    """The rows of one loss."""
+def measure(name: str, config: Config, place: Sharding | None = None) -> list[Figure]:
+    """The rows of one loss; of memory alone with `place`, the description of a device."""
     loss = LOSSES[name]
     forms = {
         "chunked": lambda s, others, targets: loss.chunked(s, others, targets, config.chunk),
         "naive": loss.naive,
     }
     compiled, shapes = {}, jax.eval_shape(lambda: _inputs(loss.models, config))
+    if place is not None:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
     for form, fn in forms.items():
         compiled[form] = jax.jit(jax.value_and_grad(fn)).lower(*shapes).compile()
     row = partial(_row, name)
@@ -181,7 +200,7 @@ def measure(name: str, config: Config) -> list[Figure]:
         gradient = 2 * config.width * config.vocabulary / _MIB
         beside = {form: value - gradient for form, value in memory.items()}
         figures.append(row("loss_temp_memory_beside_gradient", beside, "MiB", n=1))
-    if config.memory_only:
+    if config.memory_only or place is not None:
         return figures
     inputs = jax.block_until_ready(jax.jit(lambda: _inputs(loss.models, config))())
     results = {form: jax.block_until_ready(run(*inputs)) for form, run in compiled.items()}

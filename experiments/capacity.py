@@ -2,13 +2,14 @@
 
     python -m experiments.capacity --stage distill --model 70b --expert 8b --topology v5p:4x4x4
     python -m experiments.capacity --stage decode --model 405b --topology v6e:8x8 --length 2048
-    python -m experiments.capacity --stage sft --model 8b --topology h100:8    # by formula
+    python -m experiments.capacity --stage sft --model 1b --topology rtx4090:1 --batch 4
 
-For TPUs the very step that training runs is compiled ahead of time by the real TPU compiler
-(`pip install 'egjax[tpu]'`, no TPU needed, one process at a time); memory, fit and collectives
-are the compiler's, FLOPs and memory traffic a formula's. Without libtpu, and for GPUs, all is by
-formula, and the output says so. Topologies count chips. Expected: minutes and under 4 GiB of host
-memory at 405B.
+The very step that training runs is compiled ahead of time by the chips' own compiler, without the
+chips: libtpu for TPUs (`pip install 'egjax[tpu]'`, one process at a time), XLA for NVIDIA GPUs
+(`'egjax[cuda]'`). Memory, fit and collectives are the compiler's, FLOPs and memory traffic a
+formula's. Where the compiler is missing all is by formula, and the output says so. Topologies count
+chips. Of a GPU's memory JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+otherwise. Expected: minutes and under 4 GiB of host memory at 405B.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Annotated, Literal
 import tyro
 
 from egjax.capacity.chips import Chip, parse
-from egjax.capacity.compiled import has_libtpu
+from egjax.capacity.compiled import has_compiler, remedy
 from egjax.capacity.plan import Plan, compiled_plan, formula_plan, meshes
 from egjax.capacity.presets import preset
 from egjax.capacity.stages import Case
@@ -58,7 +59,7 @@ class Config:
     new_tokens: int = 128
     """Of these, decoded."""
     topology: str = "v5e:4x4"
-    """Chips, e.g. v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8."""
+    """Chips, e.g. v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8, rtx4090:1."""
     model_parallel: int | None = None
     """Chips that share each matrix; None takes the fewest that fit by formula."""
     remat: Remat = "full"
@@ -72,7 +73,7 @@ class Config:
     int8: bool = False
     """The matrices of frozen models in eight bits."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """By the TPU compiler where there is one (auto), or fail without (always)."""
+    """By the chips' compiler where there is one (auto), or fail without (always)."""
     out: Path | None = None
     """JSON file for the plan."""
     hlo: Path | None = None
@@ -98,6 +99,7 @@ def plan_of(config: Config) -> Plan:
             attention=_ATTENTION["tpu" if topology.chip.is_tpu else "gpu"],
         ),
         config.int8,
+        "tpu" if topology.chip.is_tpu else "gpu",
     )
     ways = meshes(case, topology)
     if config.model_parallel is not None:
@@ -111,15 +113,19 @@ def plan_of(config: Config) -> Plan:
     plans = [formula_plan(case, topology, *way) for way in ways]
     first = next((p for p in plans if p.fits), min(plans, key=lambda p: p.total))
     data, model = first.data, first.model
-    able = topology.chip.is_tpu and has_libtpu()
+    able = has_compiler(topology.chip)
     if config.compile == "always" and not able:
         raise EgjaxError(
             f"{topology.name} cannot be compiled for here",
             where="--compile",
-            remedy="pip install 'egjax[tpu]'" if topology.chip.is_tpu else "only TPUs can be",
+            remedy=remedy(topology.chip),
         )
     if config.compile == "never" or not able:
-        why = "asked for" if config.compile == "never" else "no TPU compiler for it here"
+        why = (
+            "asked for"
+            if config.compile == "never"
+            else f"no compiler for {topology.chip.name} here"
+        )
         note(
             f"by formula ({why}): memory is an estimate; on the plans of docs/pod.md the compiler "
             "wanted 0.8 to 1.3 times its gradients, activations, logits and caches"
@@ -149,7 +155,7 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("jax", "jaxlib", "libtpu"):
+    for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -42,7 +42,7 @@ from experiments.common import atomic_path, finished, note, run_main
 from experiments.data import HouseTask, assignments, make_task, programs
 from experiments.distill import Ratio
 from experiments.evaluate import NAMES
-from experiments.models import asked, check_one_vocabulary, load
+from experiments.models import asked, check_one_vocabulary, for_decoding, load
 from experiments.own import Start
 from experiments.solve import own_task
 from experiments.training import MODEL
@@ -206,6 +206,7 @@ def _party(config: Config) -> Party:
         text = finished(config.run, "text", made_by="text")
         tokenizer = Tokenizer.load(text.path / "tokenizer")
     check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
+    loaded = {name: for_decoding(model) for name, model in loaded.items()}
     models = [(loaded[name].params, loaded[name].config) for name in wanted]
     three = len(wanted) == 3
     names = tuple(NAMES[name] for name in wanted) + ((NAMES["ratio"],) if three else ())

@@ -53,7 +53,15 @@ from experiments.common import (
 )
 from experiments.data import HouseTask, load_tasks
 from experiments.distill import Ratio
-from experiments.models import Model, answered, asked, check_one_vocabulary, load, plans_of
+from experiments.models import (
+    Model,
+    answered,
+    asked,
+    check_one_vocabulary,
+    for_decoding,
+    load,
+    plans_of,
+)
 from experiments.text import load_samples
 from experiments.training import MODEL
 
@@ -139,7 +147,7 @@ def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> D
 
     def work(out: Path) -> None:
         loaded = {
-            name: load(done.path / MODEL, int8=config.int8 and name == "large")
+            name: for_decoding(load(done.path / MODEL, int8=config.int8 and name == "large"))
             for name, done in models.items()
         }
         check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})

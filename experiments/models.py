@@ -16,7 +16,7 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import completions, generate, pad_prompts
 from egjax.lm.int8 import quantize
-from egjax.lm.params import abstract
+from egjax.lm.params import abstract, unstacked
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, read_metadata, save_params
 from egjax.train.data import Sample
@@ -32,6 +32,7 @@ __all__ = [
     "as_sample",
     "asked",
     "check_one_vocabulary",
+    "for_decoding",
     "host_device",
     "load",
     "plans_of",
@@ -78,6 +79,14 @@ def load(path: Path, *, int8: bool = False) -> Model:
     )
     small = quantize(load_params(path, like)[0])
     return Model(jax.device_put(small, jax.local_devices()[0]), config, tokenizer)
+
+
+def for_decoding(model: Model) -> Model:
+    """A model as its platform decodes fastest: on a GPU with its layers apart
+    (`egjax.lm.params.unstacked`); the parameters that come in are consumed then."""
+    if jax.default_backend() != "gpu":
+        return model
+    return model._replace(params=unstacked(model.params, consume=True))
 
 
 def host_device() -> Any:

@@ -32,6 +32,7 @@ def _plan(stage: Any, model: str, topology: str, **changes: Any) -> capacity.Con
 
 
 _DECODE: dict[str, Any] = {"length": 2048, "new_tokens": 128, "batch": 64}
+_CARD: dict[str, Any] = {"length": 608, "new_tokens": 96, "batch": 8}
 CASES: dict[str, capacity.Config] = {
     "distill-70b-v5p-64": _plan("distill", "70b", "v5p:4x4x4", model_parallel=1),
     "distill-70b-v5e-256": _plan("distill", "70b", "v5e:16x16", model_parallel=4),
@@ -53,6 +54,20 @@ CASES: dict[str, capacity.Config] = {
         "sft", "8b", "v5e:2x4", batch=8, model_parallel=4, accumulate=4, master="bfloat16"
     ),
     "decode-8b-v5e-8": _plan("decode", "8b", "v5e:2x4", model_parallel=2, **_DECODE),
+    # Preset `card`: a 1B is grounded and an 8B steered.
+    "sft-1b-h200-1": _plan("sft", "1b", "h200:1", batch=16, length=2048, accumulate=2),
+    "decode-8b-h200-1": _plan("decode", "8b", "h200:1", expert="1b", **_CARD),
+    "sft-1b-bf16-rtx4090-1": _plan(
+        "sft", "1b", "rtx4090:1", batch=16, length=2048, accumulate=4, master="bfloat16"
+    ),
+    "decode-8b-int8-rtx4090-1": _plan(
+        "decode", "8b", "rtx4090:1", expert="1b", int8=True, **_CARD | {"batch": 4}
+    ),
+    "distill-1b-h200-1": _plan("distill", "1b", "h200:1", expert="1b", batch=8, length=2048),
+    "sft-8b-h100-8": _plan("sft", "8b", "h100:8", batch=16, model_parallel=1),
+    "dpo-8b-h100-8": _plan("dpo", "8b", "h100:8", batch=16, model_parallel=1),
+    "distill-8b-h100-8": _plan("distill", "8b", "h100:8", batch=16, model_parallel=1),
+    "decode-70b-h100-8": _plan("decode", "70b", "h100:8", model_parallel=8, **_DECODE),
 }
 """The committed plans, by name."""
 _QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -73,6 +88,21 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
         "distill-1b-v5e-8",
         "sft-8b-bf16-v5e-8",
         "decode-8b-v5e-8",
+    ),
+    "one H200: a 1B grounded, an 8B steered (preset `card`), 1B distillation": (
+        "sft-1b-h200-1",
+        "decode-8b-h200-1",
+        "distill-1b-h200-1",
+    ),
+    "the first two on one RTX 4090, in bfloat16 and int8": (
+        "sft-1b-bf16-rtx4090-1",
+        "decode-8b-int8-rtx4090-1",
+    ),
+    "a host of 8 H100: 8B SFT, DPO, distillation; 70B π̄ decoding": (
+        "sft-8b-h100-8",
+        "dpo-8b-h100-8",
+        "distill-8b-h100-8",
+        "decode-70b-h100-8",
     ),
 }
 """What one wants to know of a pod, and the plans that tell."""

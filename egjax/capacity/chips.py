@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether libtpu can compile for it."""
+        """Whether libtpu can compile for it; else XLA's compiler for NVIDIA GPUs can."""
         return self.dimensions > 1
 
 
@@ -65,6 +65,10 @@ CHIPS: dict[str, Chip] = {
         Chip(
             "h200", 989e12, 141e9, 4800e9, 450e9, 1, 8, 8, 10.6,
             "NVIDIA H200 SXM datasheet; NVLink, one host",
+        ),
+        Chip(
+            "rtx4090", 165e12, 24e9, 1008e9, 32e9, 1, 8, 8, 0.0,
+            "NVIDIA Ada whitepaper, sums in float32; PCIe 4, no price: a card of one's own",
         ),
     )
 }  # fmt: skip

@@ -1,7 +1,10 @@
-"""What the TPU compiler says of a program, on a machine without a TPU.
+"""What the compiler of an accelerator says of a program, on a machine without one.
 
 libtpu (`pip install 'egjax[tpu]'`) describes topologies and compiles for them ahead of time; it
-refuses what does not fit, and says by how much.
+refuses what does not fit, and says by how much. XLA's compiler for NVIDIA GPUs (`'egjax[cuda]'`)
+takes a description of the GPU (`egjax.capacity.gpus`); it refuses nothing, and without the GPU it
+cannot try which of several kernels is the fastest, so memory and the sequence of kernels may differ
+a little from those on one.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
-from egjax.capacity.chips import Topology
+from egjax.capacity.chips import Chip, Topology
+from egjax.capacity.gpus import description
 from egjax.capacity.hlo import Collective, collectives
 from egjax.capacity.stages import Case, program
 from egjax.errors import EgjaxError
 from egjax.mesh import make_mesh
 
-__all__ = ["Compiled", "compile_for", "devices_of", "has_libtpu"]
+__all__ = ["Compiled", "compile_for", "devices_of", "has_compiler", "remedy", "traced_for"]
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,55 @@ class Compiled:
     message: str | None = None
 
 
-def has_libtpu() -> bool:
-    """Whether the TPU compiler is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+def has_compiler(chip: Chip) -> bool:
+    """Whether what compiles for a chip is installed."""
+    if chip.is_tpu:
+        return importlib.util.find_spec("libtpu") is not None
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    names = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    return any(importlib.util.find_spec(name) is not None for name in names)
+
+
+def remedy(chip: Chip) -> str:
+    """What to do where there is no compiler for a chip."""
+    return f"pip install 'egjax[{'tpu' if chip.is_tpu else 'cuda'}]'"
 
 
 def devices_of(topology: Topology) -> list[Any]:
     """Descriptions of a topology's chips, to build a mesh of.
 
     Raises:
-        EgjaxError: libtpu is missing, does not know the topology, or is used by another process.
+        EgjaxError: the compiler is missing, does not know the topology, or is used by another
+            process.
     """
-    if not topology.chip.is_tpu or not has_libtpu():
+    if not has_compiler(topology.chip):
         raise EgjaxError(
-            f"{topology.name} cannot be compiled for here",
-            remedy="pip install 'egjax[tpu]'" if topology.chip.is_tpu else "only TPUs can",
+            f"{topology.name} cannot be compiled for here", remedy=remedy(topology.chip)
         )
+    devices = _tpus(topology) if topology.chip.is_tpu else _gpus(topology)
+    if len(devices) != topology.chips:
+        raise EgjaxError(f"{topology.name} has {len(devices)} devices for {topology.chips} chips")
+    return devices
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        with _silent():
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                target_config=description(topology.chip),
+                topology=f"1x1x{topology.chips}",  # of one host
+            )
+    except Exception as error:
+        text = str(error).splitlines()[0]
+        raise EgjaxError(f"XLA refuses topology {topology.name}: {text}") from error
+    return list(found.devices)
+
+
+def _tpus(topology: Topology) -> list[Any]:
     # Without these libtpu looks for a TPU of this machine, and asks the cloud about it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
@@ -85,10 +123,32 @@ def devices_of(topology: Topology) -> list[Any]:
         if "lockfile" in text:
             raise EgjaxError("another process is compiling", remedy="wait for it") from error
         raise EgjaxError(f"libtpu refuses topology {topology.name}: {text}") from error
-    devices = list(found.devices)
-    if len(devices) != topology.chips:
-        raise EgjaxError(f"{topology.name} has {len(devices)} devices for {topology.chips} chips")
-    return devices
+    return list(found.devices)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Has programs traced as on another platform: forms of attention and chunks of losses go by
+    `jax.default_backend()`, which JAX has no way to set for compiling ahead of time. What was
+    traced before and in between is forgotten, and nothing is kept in JAX's cache of compiled
+    programs, which cannot read what was compiled without a device.
+
+    Args:
+        platform: `"gpu"`; for `"tpu"` nothing changes: a case names the form of attention, and
+            chunks are those of the plans in experiments/results.
+    """
+    if platform == "tpu":
+        yield
+        return
+    jax.clear_caches()
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with mock.patch.object(jax, "default_backend", return_value=platform):
+            yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        jax.clear_caches()
 
 
 def compile_for(
@@ -98,7 +158,7 @@ def compile_for(
 
     Args:
         case: see there.
-        topology: of TPUs.
+        topology: of the chips.
         data, model: chips along the axes of the mesh.
         hlo: file for the text of the compiled program.
 
@@ -106,16 +166,18 @@ def compile_for(
         EgjaxError: see `devices_of` and `egjax.capacity.stages.program`.
     """
     mesh = make_mesh(data=data, model=model, devices=devices_of(topology))
-    what = program(case, mesh)
     begin = time.perf_counter(), time.process_time()
-    # Training sets the mesh itself, decoding is called under it.
-    with jax.set_mesh(mesh) if case.stage == "decode" else contextlib.nullcontext():
-        lowered = what.function.lower(*what.arguments)
-    try:
-        with _silent():
-            done = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return _refused(str(error), *_since(begin))
+    with traced_for(case.platform):
+        what = program(case, mesh)
+        # Training sets the mesh itself, decoding on several chips is called under it.
+        several = case.stage == "decode" and (topology.chips > 1 or case.platform == "tpu")
+        with jax.set_mesh(mesh) if several else contextlib.nullcontext():
+            lowered = what.function.lower(*what.arguments)
+        try:
+            with _silent():
+                done = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return _refused(str(error), *_since(begin))
     seconds, cpu_seconds = _since(begin)
     memory, text = done.memory_analysis(), done.as_text() or ""
     if hlo is not None:
@@ -156,7 +218,7 @@ def _host_memory() -> float:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps libtpu's remarks on the missing TPU off standard error; unless EGJAX_TRACEBACK."""
+    """Keeps a compiler's remarks on the missing chip off standard error; unless EGJAX_TRACEBACK."""
     if os.environ.get("EGJAX_TRACEBACK"):
         yield
         return

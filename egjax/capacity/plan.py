@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         stage, topology: names.
         chips, data, model: how many, and the sizes of the mesh.
-        method: `"compiled"` by the TPU compiler or `"formula"`.
+        method: `"compiled"` by the chips' compiler or `"formula"`.
         memory: bytes by kind; `activations` are all temporaries but the caches where compiled.
         total, limit: bytes that are needed and that there are.
         flops, useful_flops, memory_bytes, collective_bytes: see `egjax.capacity.formula.Cost`; the
@@ -119,7 +119,7 @@ def formula_plan(case: Case, topology: Topology, data: int, model: int) -> Plan:
 def compiled_plan(
     case: Case, topology: Topology, data: int, model: int, hlo: Path | None = None
 ) -> Plan:
-    """A plan by the TPU compiler; arguments as of `egjax.capacity.compiled.compile_for`.
+    """A plan by the chips' compiler; arguments as of `egjax.capacity.compiled.compile_for`.
 
     Raises:
         EgjaxError: see `egjax.capacity.compiled.compile_for`.

@@ -177,7 +177,18 @@ def _weights(config: LlamaConfig, case: Case, mesh: Mesh) -> Any:
         place = sharding(mesh, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=place)
 
-    return jax.tree.map(one, frozen_table(config, case))
+    weights = jax.tree.map(one, frozen_table(config, case))
+    if case.stage != "decode" or case.platform != "gpu" or mesh.size > 1:
+        return weights
+
+    def layer(_: int) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding(mesh, (), ())),
+            weights["layers"],
+        )
+
+    # As `experiments.models.for_decoding` takes them apart.
+    return {**weights, "layers": tuple(map(layer, range(config.num_layers)))}
 
 
 def _prompts(case: Case, place: NamedSharding) -> Prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +28,22 @@ class Cache:
     slab beyond the end would overwrite the last slots.
 
     Attributes:
-        keys, values: [L, B, kv_heads, S, head_dim].
+        keys, values: [L, B, kv_heads, S, head_dim]; of a model whose layers are apart
+            (`egjax.lm.params.unstacked`) a tuple of L arrays.
         segment_ids: int32[B, S]. Segment of the token in each slot, 0 for padding and unused.
         used: int32[], slots in use, the same in all rows; or int32[B], those of each row. What lies
             behind them is not seen and is overwritten, so to forget tokens is to lower it.
     """
 
-    keys: Array
-    values: Array
+    keys: Array | tuple[Array, ...]
+    values: Array | tuple[Array, ...]
     segment_ids: Array
     used: Array
 
 
-def empty(config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False) -> Cache:
+def empty(
+    config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False, apart: bool = False
+) -> Cache:
     """A cache with nothing in it.
 
     Args:
@@ -47,11 +51,16 @@ def empty(config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False) 
         batch: rows B.
         slots: tokens S that it can hold.
         by_row: each row counts its own slots.
+        apart: an array for each layer.
     """
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    axes = ("batch", "kv_heads", None, None)
 
-    def store() -> Array:
-        return constrain(jnp.zeros(shape, config.dtype), None, "batch", "kv_heads", None, None)
+    def store() -> Array | tuple[Array, ...]:
+        depth = config.num_layers
+        if apart:
+            return tuple(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(depth))
+        return constrain(jnp.zeros((depth, *shape), config.dtype), None, *axes)
 
     # Two arrays: one array cannot be donated twice.
     return Cache(
@@ -62,7 +71,9 @@ def empty(config: LlamaConfig, batch: int, slots: int, *, by_row: bool = False) 
     )
 
 
-def write(cache: Cache, layer: Array, keys: Array, values: Array) -> tuple[Cache, Array, Array]:
+def write(
+    cache: Cache, layer: Array | int, keys: Array, values: Array
+) -> tuple[Cache, Array, Array]:
     """Puts the keys and values of T new tokens behind those in use, in one layer.
 
     The whole store goes through and one slab of it is overwritten: in a loop XLA does that in
@@ -70,18 +81,15 @@ def write(cache: Cache, layer: Array, keys: Array, values: Array) -> tuple[Cache
 
     Args:
         cache: the store; `used` and `segment_ids` are left as they are, for the other layers.
-        layer: int32[].
+        layer: int32[], or a number where layers are apart.
         keys, values: [B, kv_heads, T, head_dim].
 
     Returns:
         The store, and this layer's keys and values [B, kv_heads, S, head_dim].
     """
-    cache = replace(
-        cache,
-        keys=_put(cache.keys, keys, layer, cache.used),
-        values=_put(cache.values, values, layer, cache.used),
-    )
-    return cache, cache.keys[layer], cache.values[layer]
+    keys, key = _put(cache.keys, keys, layer, cache.used)
+    values, value = _put(cache.values, values, layer, cache.used)
+    return replace(cache, keys=keys, values=values), key, value
 
 
 def put_segments(cache: Cache, segment_ids: Array) -> Array:
@@ -93,15 +101,29 @@ def put_segments(cache: Cache, segment_ids: Array) -> Array:
     )
 
 
-def _put(store: Array, new: Array, layer: Array, used: Array) -> Array:
-    """The store with `new` [B, kv_heads, T, head_dim] in one layer, from slot `used` on."""
+def _put(
+    store: Array | tuple[Array, ...], new: Array, layer: Array | int, used: Array
+) -> tuple[Any, Array]:
+    """The store with `new` [B, kv_heads, T, head_dim] in one layer, from slot `used` on; and all of
+    that layer."""
+    if isinstance(store, tuple):
+        mine = _overwritten(store[int(layer)], (), new, used)
+        return (*store[: int(layer)], mine, *store[int(layer) + 1 :]), mine
+    store = _overwritten(store, (layer,), new, used)
+    return store, store[layer]
+
+
+def _overwritten(store: Array, at: tuple[Array | int, ...], new: Array, used: Array) -> Array:
+    """An array [..., B, kv_heads, S, head_dim] with new tokens at an index of its first axes."""
+    lead = (None,) * len(at)
     if not used.ndim:
-        return jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, used, 0))
+        return jax.lax.dynamic_update_slice(store, new[lead], (*at, 0, 0, used, 0))
     rows, _, length, _ = new.shape
     if rows > _SLABS:
-        at = layer, jnp.arange(rows)[:, None], slice(None), used[:, None] + jnp.arange(length)
-        return store.at[at].set(new.swapaxes(1, 2))
+        slots = used[:, None] + jnp.arange(length)
+        index = *at, jnp.arange(rows)[:, None], slice(None), slots
+        return store.at[index].set(new.swapaxes(1, 2))
     for row in range(rows):
-        slab = new[None, row : row + 1]
-        store = jax.lax.dynamic_update_slice(store, slab, (layer, row, 0, used[row], 0))
+        slab = new[(*lead, slice(row, row + 1))]
+        store = jax.lax.dynamic_update_slice(store, slab, (*at, row, 0, used[row], 0))
     return store

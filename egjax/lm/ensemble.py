@@ -127,21 +127,31 @@ def empty_caches(
     params: tuple[Params | Pair, ...], configs: tuple[LlamaConfig, ...], rows: int, slots: int
 ) -> tuple[Cache, ...]:
     """A cache for each model, of S slots for B rows; of a `Pair` with πᴺ's rows behind πᴱ's."""
-    return tuple(empty(config, voices(p) * rows, slots) for p, config in zip(params, configs))
+
+    def one(model: Params | Pair, config: LlamaConfig) -> Cache:
+        weights = model.attached if isinstance(model, Pair) else model
+        apart = isinstance(weights["layers"], tuple)
+        return empty(config, voices(model) * rows, slots, apart=apart)
+
+    return tuple(one(p, config) for p, config in zip(params, configs))
 
 
 def taken(cache: Cache, index: Array, rows: int) -> Cache:
     """A cache whose rows are those at `index` int32[X] of a batch of B rows."""
-    copies = cache.keys.shape[1] // rows
+    copies = cache.segment_ids.shape[0] // rows
     index = jnp.concatenate([index + copy * rows for copy in range(copies)])
+
+    def of(store: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:
+        return tuple(x[index] for x in store) if isinstance(store, tuple) else store[:, index]
+
     return replace(
         cache,
-        keys=cache.keys[:, index],
-        values=cache.values[:, index],
+        keys=of(cache.keys),
+        values=of(cache.values),
         segment_ids=cache.segment_ids[index],
     )
 
 
 def rewound(cache: Cache, used: Array) -> Cache:
     """A cache in which the rows of the batch have used int32[B] slots; the others are forgotten."""
-    return replace(cache, used=jnp.tile(used, cache.keys.shape[1] // used.shape[0]))
+    return replace(cache, used=jnp.tile(used, cache.segment_ids.shape[0] // used.shape[0]))

@@ -158,6 +158,8 @@ def attach(
 def _by_row(attached: Params, rows: jax.Array) -> Params:
     """Attached parameters whose adapter counts in each row as `rows` says."""
     layers = attached["layers"]
+    if isinstance(layers, tuple):
+        return {**attached, "layers": tuple({**layer, "lora_rows": rows} for layer in layers)}
     depth = layers["attention_norm"].shape[0]
     rows = jnp.broadcast_to(rows, (depth, *rows.shape))
     return {**attached, "layers": {**layers, "lora_rows": rows}}

@@ -27,7 +27,7 @@ from egjax.lm.cache import Cache, put_segments, write
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import Params
 from egjax.losses import Head
-from egjax.mesh import constrain
+from egjax.mesh import constrain, mesh_in_use
 
 __all__ = [
     "REMAT",
@@ -45,6 +45,7 @@ __all__ = [
 Array = jax.Array
 Rope = tuple[Array, Array]
 
+_FEW = 10**7
 _KEEP = jax.checkpoint_policies.save_only_these_names
 REMAT: Mapping[str, Callable[[Callable], Callable]] = MappingProxyType(
     {
@@ -210,16 +211,22 @@ def trunk(
             store, key, value = write(store, index, key, value)
         query, key, value = (checkpoint_name(y, "projection") for y in (query, key, value))
         mixed = constrain(attend(query, key, value), "batch", "heads", None, None)
-        x = constrain(x + _linear(weights, "output", "bhtk,hkd->btd", mixed), *stream)
+        x = constrain(x + _output(weights, mixed), *stream)
         normed = constrain(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps), *inputs)
         x = constrain(x + _mlp(weights, normed, inputs[0]), *stream)
         return (x, store), x if return_hidden else None
 
     first = constrain(params["embedding"][tokens], *stream)
-    indices = jnp.arange(config.num_layers)
-    (last, cache), after = jax.lax.scan(
-        _rematerialised(layer, remat), (first, cache), (params["layers"], indices)
-    )
+    layer, layers = _rematerialised(layer, remat), params["layers"]
+    if isinstance(layers, tuple):  # see `egjax.lm.params.unstacked`
+        carry, streams = (first, cache), []
+        for index, weights in enumerate(layers):
+            carry, behind = layer(carry, (weights, index))
+            streams.append(behind)
+        (last, cache), after = carry, jnp.stack(streams) if return_hidden else None
+    else:
+        indices = jnp.arange(config.num_layers)
+        (last, cache), after = jax.lax.scan(layer, (first, cache), (layers, indices))
     if cache is not None:
         cache = replace(cache, segment_ids=key_segments, used=cache.used + length)
     hidden = None if after is None else jnp.concatenate([first[None], after])
@@ -336,6 +343,25 @@ def _linear(weights: Params, name: str, formula: str, x: Array) -> Array:
         low = low * weights["lora_rows"][:, None, None].astype(low.dtype)
     out = matrix.replace(into, "")
     return y + einsum(f"btr,r{out}->{after}", low, weights[f"{name}_lora_b"])
+
+
+def _output(weights: Params, mixed: Array) -> Array:
+    """What attention gives [B, H, T, K] as a sum into the residual stream [B, T, D].
+
+    Of one token and a matrix of less than 10⁷ entries (`_FEW`) XLA for GPUs makes products that it
+    writes to memory in float32, and reads again to add them up: five times the bytes of the matrix.
+    It multiplies a few like rows as a matrix.
+    """
+    formula = "bhtk,hkd->btd"
+    copies = -(-_FEW // (mixed.size * weights["output"].shape[-1]))
+    if jax.default_backend() != "gpu" or mesh_in_use() is not None or not 1 < copies <= 8:
+        return _linear(weights, "output", formula, mixed)
+    rows = mixed.shape[0]
+    many = jax.lax.optimization_barrier(jnp.tile(mixed, (copies, 1, 1, 1)))
+    adapted = weights.get("lora_rows")
+    if adapted is not None:
+        weights = {**weights, "lora_rows": jnp.tile(adapted, copies)}
+    return _linear(weights, "output", formula, many)[:rows]
 
 
 def _project(weights: Params, x: Array, rope: Rope) -> tuple[Array, Array, Array]:

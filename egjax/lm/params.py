@@ -2,7 +2,8 @@
 
 From that table come the initial values, the abstract shapes and the placement on a mesh. The
 parameters are a nested dict; the layers of the model are stacked on a leading axis, so that the
-model scans over them and compiles one layer.
+model scans over them and compiles one layer. For decoding on a GPU they can be taken apart, see
+`unstacked`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "placements",
     "shardings",
     "table",
+    "unstacked",
 ]
 
 Params = dict[str, Any]
@@ -155,6 +157,36 @@ def shardings(config: LlamaConfig, mesh: Mesh) -> Params:
 def placements(specs: dict[str, Any], mesh: Mesh) -> Params:
     """Placement of the tensors of a table on a mesh, by the names of their axes."""
     return jax.tree.map(lambda s: sharding(mesh, s.axes, s.shape), specs)
+
+
+def unstacked(params: Params, *, consume: bool = False) -> Params:
+    """Parameters whose layers are a tuple of trees: the model goes through them one by one.
+
+    A scan cuts each layer out of the stack before it multiplies with it. On a TPU that is part of
+    the product; XLA for GPUs copies the layer, so that a token which is decoded reads its weights,
+    writes them and reads them again. The price is a program as long as there are layers.
+
+    Args:
+        params: as `table` lists them, also with an adapter (`egjax.lm.lora.attach`) or in eight
+            bits (`egjax.lm.int8`); nothing else takes what comes out than models that read it.
+        consume: delete each stack once it is taken apart, so that no more than one exists twice.
+    """
+    layers = dict(params["layers"])
+    parts: dict[str, tuple[jax.Array, ...]] = {}
+    for name in list(layers):
+        stack = layers.pop(name)
+        parts[name] = _apart(stack)
+        if consume:
+            jax.block_until_ready(parts[name])
+            stack.delete()
+    depth = len(parts["attention_norm"])
+    trees = tuple({name: part[i] for name, part in parts.items()} for i in range(depth))
+    return {**params, "layers": trees}
+
+
+@jax.jit
+def _apart(stack: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(stack[i] for i in range(stack.shape[0]))
 
 
 def num_inputs(spec: Spec) -> int:

@@ -57,6 +57,7 @@ T = TypeVar("T")
 Pick = Callable[[Array], Array]
 Scores = Array | Callable[[Array], Array]
 
+
 class Sizes(NamedTuple):
     """How much of [tokens, vocabulary] exists at once.
 

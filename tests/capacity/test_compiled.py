@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from egjax.capacity import compiled
-from egjax.capacity.chips import parse
-from egjax.capacity.compiled import _refused, compile_for, devices_of, has_libtpu
+from egjax.capacity.chips import CHIPS, parse
+from egjax.capacity.compiled import _refused, compile_for, devices_of, has_compiler
 from egjax.capacity.plan import compiled_plan
 from egjax.capacity.stages import Case, training_step
 from egjax.errors import EgjaxError
@@ -14,7 +14,7 @@ from egjax.lm.params import abstract, shardings
 from egjax.mesh import make_mesh
 from egjax.train.layout import Layout
 
-needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(not has_compiler(CHIPS["v5e"]), reason="libtpu is not installed")
 CONFIG = LlamaConfig(
     512, 256, 512, 2, 8, 8, 128, max_seq_len=512, tie_embeddings=False, dtype="bfloat16"
 )
@@ -22,9 +22,9 @@ LAYOUT = Layout(remat="full", chunked=True, master="float32", attention="splash"
 
 
 def test_what_cannot_be_compiled_for_is_told(monkeypatch):
-    with pytest.raises(EgjaxError, match=r"h100:8 cannot be compiled.*only TPUs"):
+    monkeypatch.setattr(compiled, "has_compiler", lambda chip: False)
+    with pytest.raises(EgjaxError, match=r"h100:8 cannot be compiled.*egjax\[cuda\]"):
         devices_of(parse("h100:8"))
-    monkeypatch.setattr(compiled, "has_libtpu", lambda: False)
     with pytest.raises(EgjaxError, match=r"v5e:2x2 cannot be compiled.*egjax\[tpu\]"):
         devices_of(parse("v5e:2x2"))
 

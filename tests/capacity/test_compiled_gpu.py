@@ -1,0 +1,100 @@
+"""XLA's compiler for NVIDIA GPUs, where it is installed; no GPU is needed."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+
+from egjax.capacity.chips import CHIPS, parse
+from egjax.capacity.compiled import compile_for, has_compiler, traced_for
+from egjax.capacity.gpus import TARGETS, description
+from egjax.capacity.plan import compiled_plan
+from egjax.capacity.stages import Case, program
+from egjax.lm.config import LlamaConfig
+from egjax.mesh import make_mesh
+from egjax.train.layout import Layout
+
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(CHIPS["h200"]), reason="JAX's plugin for CUDA is not installed"
+)
+CONFIG = LlamaConfig(
+    512, 256, 512, 2, 4, 2, 64, max_seq_len=512, tie_embeddings=False, dtype="bfloat16"
+)
+LAYOUT = Layout(remat="selective", chunked=True, master="float32")
+CASE = Case("sft", CONFIG, CONFIG, 8, 256, layout=LAYOUT, platform="gpu")
+
+
+def test_every_gpu_is_described():
+    gpus = [chip for chip in CHIPS.values() if not chip.is_tpu]
+    assert {chip.name for chip in gpus} == set(TARGETS)
+    for chip in gpus:
+        text = description(chip)
+        assert f"device_memory_size: {int(chip.memory)}" in text
+        assert text.count("{") == text.count("}")
+        assert re.search(r"dnn_version_info { major: \d+ minor: \d+ patch: \d+ }", text)
+    hopper, ada = description(CHIPS["h100"]), description(CHIPS["rtx4090"])
+    assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in hopper
+    assert "major: 8 minor: 9 feature_extension: NONE" in ada
+
+
+def test_a_decoder_on_one_gpu_has_its_layers_apart():
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    case = replace(CASE, stage="decode", new_tokens=8)
+    for weights in program(case, mesh).arguments[0]:
+        assert len(weights["layers"]) == 2
+        assert weights["layers"][0]["gate"].shape == (256, 512)
+    stacked = program(replace(case, platform="tpu"), mesh).arguments[0][0]["layers"]
+    assert stacked["gate"].shape == (2, 256, 512)
+
+
+def test_programs_are_traced_as_on_a_gpu_and_forgotten():
+    shape = jax.ShapeDtypeStruct((), "float32")
+    seen = []
+    traced = jax.jit(lambda x: seen.append(jax.default_backend()) or x)
+    for _ in range(2):
+        traced.lower(shape)
+        with traced_for("gpu"):
+            traced.lower(shape)
+    here = jax.default_backend()
+    assert seen == [here, "gpu", here, "gpu"]
+
+
+@needs_compiler
+def test_a_step_on_one_and_on_eight(tmp_path):
+    path = tmp_path / "hlo.txt"
+    one = compiled_plan(CASE, parse("h200:1"), 1, 1, path)
+    assert one.fits
+    assert one.method == "compiled"
+    # Masters and moments of AdamW, float32; the batch and gradients beside.
+    assert one.memory["weights"] + one.memory["optimizer"] > 0
+    assert one.memory["activations"] > 0
+    assert "__cudnn$fmha" in path.read_text()
+    eight = compile_for(CASE, parse("h100:8"), 4, 2)
+    assert eight.arguments < one.total
+    assert {c.operation for c in eight.collectives} & {"all-reduce", "reduce-scatter"}
+
+
+@needs_compiler
+def test_decoding_copies_no_weights(tmp_path):
+    """A layer cut out of the stack would be an array of its own, [1, D, M]."""
+    case = replace(CASE, stage="decode", batch=1, new_tokens=8)
+    texts = {}
+    for name, other in (("apart", case), ("stacked", replace(case, platform="tpu"))):
+        compile_for(other, parse("h200:1"), 1, 1, tmp_path / name)
+        texts[name] = (tmp_path / name).read_text()
+    cut = r"= bf16\[1,(256,512|512,256)\]\S* (dynamic-slice|fusion-done)\("
+    assert not re.search(cut, texts["apart"])
+    assert re.search(cut, texts["stacked"])
+
+
+@needs_compiler
+def test_chunked_losses_on_a_gpu_are_a_twentieth_of_the_plain_ones():
+    code = [sys.executable, "-m", "experiments.bench_losses", "--compile-for", "h200:1", "--json"]
+    code += ["--losses", "sft", "--dtype", "bfloat16"]
+    found = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    ratio = re.search(r'"loss_temp_memory/sft".*"ratio": ([\d.]+)', found)
+    assert ratio is not None
+    assert float(ratio.group(1)) < 0.05
