@@ -3,9 +3,10 @@
     for name in $(python -m experiments.pod --list); do python -m experiments.pod --plan $name; done
     python -m experiments.pod                    # writes docs/pod.md from the plans
 
-Plans are those of `experiments.capacity`, compiled by the real TPU compiler (`pip install
-'egjax[tpu]'`), one process each so that host memory is that of one plan; they are kept in
-`experiments/results/capacity`. Time is step time × steps; prices are assumptions, see the options.
+Plans are those of `experiments.capacity`, compiled by the chips' own compilers (`pip install
+'egjax[tpu]'` or `'egjax[cuda]'`), one process each so that host memory is that of one plan. They
+are kept in `experiments/results/capacity`. Time is step time × steps; prices are assumptions, see
+the options.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _plan(stage: Any, model: str, topology: str, **changes: Any) -> capacity.Con
 
 
 _DECODE: dict[str, Any] = {"length": 2048, "new_tokens": 128, "batch": 64}
-_CARD: dict[str, Any] = {"length": 608, "new_tokens": 96, "batch": 8}
+_CARD: dict[str, Any] = {"length": 512, "new_tokens": 96, "batch": 8}
 CASES: dict[str, capacity.Config] = {
     "distill-70b-v5p-64": _plan("distill", "70b", "v5p:4x4x4", model_parallel=1),
     "distill-70b-v5e-256": _plan("distill", "70b", "v5e:16x16", model_parallel=4),
@@ -191,8 +192,8 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
 _INTRODUCTION = """# What a pod run would take
 
 **Nothing on this page was run on a TPU or GPU.** {count} of the {all} plans below were compiled \
-ahead of time by the real TPU compiler (`libtpu`) on a CPU: whether the step fits, its memory and \
-what its chips send each other are the compiler's. {others}\
+ahead of time by the chips' own compilers on a CPU, `libtpu` for TPUs and XLA's for NVIDIA GPUs: \
+whether the step fits, its memory and what its chips send each other are the compiler's. {others}\
 FLOPs, step times and dollars are arithmetic on top of either, with the assumptions named. The \
 compiled function is the one that training and decoding call (`egjax.train.layout.placed_step`, \
 `egjax.lm.generate.generate`), with abstract arrays.
@@ -207,7 +208,9 @@ GiB a chip; *time* of a step from "everything overlaps, products at their peak" 
 overlaps, products at a share of it"; MFU counts neither recomputation nor what the causal mask \
 discards. A step of decoding reads a batch of prompts and decodes all new tokens. *Compiled in*: \
 seconds by the clock of a machine of two hyperthreads that other jobs shared, and at times stopped \
-this one on; in brackets seconds of CPU, which is what it takes on a machine of its own."""
+this one on; in brackets seconds of CPU, which is what it takes on a machine of its own. The limit \
+of a GPU is what is sold; JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says \
+otherwise."""
 
 _PLAN_HEAD = (
     "plan", "mesh data × model", "rows × tokens", "weights", "optimizer", "caches",
