@@ -127,8 +127,9 @@ def plan_of(config: Config) -> Plan:
             else f"no compiler for {topology.chip.name} here"
         )
         note(
-            f"by formula ({why}): memory is an estimate; on the plans of docs/pod.md the compiler "
-            "wanted 0.8 to 1.3 times its gradients, activations, logits and caches"
+            f"by formula ({why}): memory is an estimate; on the plans of docs/pod.md the compilers "
+            "wanted 0.8 to 1.3 times its gradients, activations, logits and caches for TPUs, 0.4 "
+            "to 1.0 times for GPUs"
         )
         return formula_plan(case, topology, data, model)
     note(f"compiling {config.stage} of {config.model} for {topology.name}, {data} × {model}")

@@ -343,7 +343,7 @@ def _steps(record: dict, amount: int, unit: str) -> tuple[int, list[float]]:
 
 def _assumed(plans: Mapping[str, dict], a: Assumptions) -> str:
     made = {r["made"]["commit"][:7] for r in plans.values() if r["made"]["commit"]}
-    versions = next((r["made"]["versions"] for r in plans.values()), {})
+    versions = {f"{k} {v}" for r in plans.values() for k, v in r["made"]["versions"].items()}
     lines = [
         "Assumptions:",
         "",
@@ -364,7 +364,7 @@ def _assumed(plans: Mapping[str, dict], a: Assumptions) -> str:
         "- Memory traffic and FLOPs are formulas (`egjax.capacity.formula`), since XLA counts a "
         "loop's body once; collectives are counted in the compiled program with loops unrolled.",
         f"- Plans made at commit {', '.join(sorted(made)) or 'unknown'} with "
-        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.",
+        f"{', '.join(sorted(versions))}.",
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from egjax.capacity.chips import CHIPS, parse
+from egjax.capacity.compiled import has_compiler
 from experiments import capacity, pod
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +23,13 @@ def call(*arguments):
     )
 
 
+@pytest.mark.skipif(has_compiler(CHIPS["h100"]), reason="XLA's compiler for GPUs is installed")
 def test_a_gpu_is_planned_by_formula_and_the_output_says_so(tmp_path):
     out = tmp_path / "plan.json"
     options = ("--topology", "h100:8", "--batch", "8", "--remat", "attention")
     done = call(*options, "--json", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "by formula (no TPU compiler for it here)" in done.stderr
+    assert "by formula (no compiler for h100 here)" in done.stderr
     rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
     assert rows["memory"] < rows["memory_limit"]
     assert rows["memory/weights"] == pytest.approx(8.03e9 * 4 / 8 / 2**30, rel=1e-3)
@@ -111,4 +114,6 @@ def test_the_formula_keeps_to_what_the_compiler_wanted(name):
         sum(v for k, v in memory.items() if k not in state)
         for memory in (compiled["memory"], plan.memory)
     )
-    assert 0.75 < wanted / expected < 1.35
+    # XLA for GPUs needs less than the formula, which was made for TPUs.
+    low, high = (0.75, 1.35) if parse(compiled["topology"]).chip.is_tpu else (0.4, 1.05)
+    assert low < wanted / expected < high
