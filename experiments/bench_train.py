@@ -16,7 +16,8 @@ Tunix's by the clock (experiments/results/train).
 Each step comes with tokens a second, FLOP/s by formula (`egjax.train.flops`) and `mfu`, their share
 of the matrix rate, which is measured in the same run with square products of the same type. For a
 GPU: `--dtype bfloat16 --width 2048 --layers 16 --mlp 8192 --heads 32 --kv-heads 8 --vocabulary
-128256 --length 2048 --rows 8 --prompt 1792 --completion 256 --matrix 8192` is a Llama 3.2 1B.
+128256 --length 2048 --rows 8 --pairs 8 --prompt 1792 --completion 256 --matrix 8192 --remat
+selective` is a Llama 3.2 1B.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
 from egjax.lm.config import LlamaConfig
+from egjax.lm.model import Remat
 from egjax.lm.params import count, init
 from egjax.losses import dpo
 from egjax.train.data import Pair, Sample, pack, pad_pairs, share_prompts
@@ -83,6 +85,9 @@ class Config:
     """Tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; masters and optimiser are float32."""
+    remat: Remat = "none"
+    """What of a layer is kept for the backward pass; on a GPU to compute again what is cheap
+    (selective) saves more time at the memory than it takes."""
     pairs: int = 4
     """Preference pairs a step."""
     prompt: int = 448
@@ -208,7 +213,9 @@ def _dpo(config: Config, model: LlamaConfig, rate: float, versions: dict[str, st
 
     sizes = (config.prompt, config.completion, config.completion)
     pairs = [Pair(*map(text, sizes)) for _ in range(config.pairs)]
-    loss = preference_with_initial(apply_of(model, Layout(), heads=True), _standard, kl_weight=0.0)
+    loss = preference_with_initial(
+        apply_of(model, Layout(remat=config.remat), heads=True), _standard, kl_weight=0.0
+    )
     frozen = init(jax.random.key(config.seed), model)
     shared = share_prompts(pairs)
     twice = pad_pairs(pairs, config.prompt + config.completion - 1)
@@ -239,7 +246,7 @@ def _packed(name: str, config: Config, model: LlamaConfig, rate: float) -> list[
         for _ in range(config.rows)
         for length in lengths
     ]
-    batch, apply = pack(samples, config.length), apply_of(model, Layout())
+    batch, apply = pack(samples, config.length), apply_of(model, Layout(remat=config.remat))
     if name == "sft":
         loss, frozen, others = next_token(apply), None, []
     else:

@@ -141,7 +141,7 @@ def traced_for(platform: str) -> Iterator[None]:
         yield
         return
     jax.clear_caches()
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with mock.patch.object(jax, "default_backend", return_value=platform):
