@@ -7,7 +7,9 @@
 The very step that training runs is compiled ahead of time by the chips' own compiler, without the
 chips: libtpu for TPUs (`pip install 'egjax[tpu]'`, one process at a time), XLA for NVIDIA GPUs
 (`'egjax[cuda]'`). Memory, fit and collectives are the compiler's, FLOPs and memory traffic a
-formula's. Where the compiler is missing all is by formula, and the output says so. Topologies count
+formula's. Of a GPU's program its kernels are counted, too (`kernels`, `kernel_bytes`, and
+`kernel_seconds`, which they take at least, at the peaks): of a step, or of one decoded token.
+Where the compiler is missing all is by formula, and the output says so. Topologies count
 chips. Of a GPU's memory JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 otherwise. Expected: minutes and under 4 GiB of host memory at 405B.
 """
@@ -184,6 +186,12 @@ def figures(plan: Plan, chip: Chip) -> list[Figure]:
             ("compile_seconds", plan.compile_s, "s"),
             ("compile_cpu_seconds", plan.compile_cpu_s or 0.0, "s"),
             ("host_memory", plan.host_memory / _GIB, "GiB"),
+        ]
+    if plan.kernels is not None:
+        rows += [
+            ("kernels", plan.kernels["count"], "count"),
+            ("kernel_bytes", plan.kernels["bytes"], "B"),
+            ("kernel_seconds", plan.kernels["seconds"], "s"),
         ]
     return [Figure(name, value, unit, n=1) for name, value, unit in rows]
 

@@ -27,6 +27,7 @@ import jax
 from egjax.capacity.chips import Chip, Topology
 from egjax.capacity.gpus import description
 from egjax.capacity.hlo import Collective, collectives
+from egjax.capacity.kernels import Kernel, kernels
 from egjax.capacity.stages import Case, program
 from egjax.errors import EgjaxError
 from egjax.mesh import make_mesh
@@ -46,6 +47,7 @@ class Compiled:
         seconds, cpu_seconds: to trace and compile; the second without waiting for a busy machine.
         host_memory: peak bytes of this process.
         message: the compiler's, where it refused.
+        kernels: of a GPU's program; of decoding, those of one token. Empty for TPUs.
     """
 
     arguments: float
@@ -58,6 +60,7 @@ class Compiled:
     cpu_seconds: float
     host_memory: float
     message: str | None = None
+    kernels: tuple[Kernel, ...] = ()
 
 
 def has_compiler(chip: Chip) -> bool:
@@ -141,7 +144,7 @@ def traced_for(platform: str) -> Iterator[None]:
         yield
         return
     jax.clear_caches()
-    cached = jax.config.read("jax_enable_compilation_cache")
+    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with mock.patch.object(jax, "default_backend", return_value=platform):
@@ -193,6 +196,7 @@ def compile_for(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         host_memory=_host_memory(),
+        kernels=tuple(kernels(text, step=case.stage == "decode") if case.platform == "gpu" else ()),
     )
 
 

@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["Collective", "collectives", "loops"]
+__all__ = [
+    "Collective",
+    "Instruction",
+    "arrays",
+    "called",
+    "collectives",
+    "loops",
+    "multiplicities",
+    "parse",
+]
 
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
@@ -47,7 +56,9 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """A line of a computation: name, shape of the result, operation, and what stands behind it."""
+
     name: str
     shape: str
     opcode: str
@@ -61,9 +72,9 @@ def collectives(text: str, devices: int) -> list[Collective]:
         text: of a compiled module (`Compiled.as_text()`).
         devices: that it runs on; for collectives without a list of groups.
     """
-    computations = _parse(text)
-    times = _multiplicities(computations)
-    seen: dict[str, tuple[_Instruction, str, int]] = {}
+    computations = parse(text)
+    times = multiplicities(computations)
+    seen: dict[str, tuple[Instruction, str, int]] = {}
     for computation, instructions in computations.items():
         count = times.get(computation, 0)
         for instruction in instructions:
@@ -76,14 +87,14 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 seen[key] = (instruction, operation, count)
     total: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     for instruction, operation, count in seen.values():
-        arrays = _arrays(instruction.shape)
-        if instruction.opcode.endswith("-start") and len(arrays) > 1:
+        parts = arrays(instruction.shape)
+        if instruction.opcode.endswith("-start") and len(parts) > 1:
             # (operands, results, counters): the results are the second of equal parts.
-            arrays = [a for a in arrays if a[1]] or arrays
-            arrays = arrays[len(arrays) // 2 :]
-        size = sum(bytes_ for bytes_, _, _ in arrays)
+            parts = [part for part in parts if part[1]] or parts
+            parts = parts[len(parts) // 2 :]
+        size = sum(bytes_ for bytes_, _, _ in parts)
         group = 2 if operation == "collective-permute" else _group(instruction.rest, devices)
-        key = operation, "+".join(name for _, _, name in arrays), group
+        key = operation, "+".join(name for _, _, name in parts), group
         total[key][0] += count
         total[key][1] += count * _sent(operation, size, group)
     found = [Collective(*key, int(n), sent) for key, (n, sent) in total.items()]
@@ -92,7 +103,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 def loops(text: str) -> dict[str, int]:
     """How often the body of each loop runs, by the loop's name."""
-    computations = _parse(text)
+    computations = parse(text)
     return {
         i.name: _trips(computations, instructions, i)
         for instructions in computations.values()
@@ -101,9 +112,10 @@ def loops(text: str) -> dict[str, int]:
     }
 
 
-def _parse(text: str) -> dict[str, list[_Instruction]]:
-    computations: dict[str, list[_Instruction]] = {}
-    inside: list[_Instruction] = []
+def parse(text: str) -> dict[str, list[Instruction]]:
+    """Computations of a module by name, that of the program itself as `ENTRY`."""
+    computations: dict[str, list[Instruction]] = {}
+    inside: list[Instruction] = []
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
@@ -112,11 +124,11 @@ def _parse(text: str) -> dict[str, list[_Instruction]]:
             continue
         found = _INSTRUCTION.match(line)
         if found:
-            inside.append(_Instruction(*found.groups()))
+            inside.append(Instruction(*found.groups()))
     return computations
 
 
-def _multiplicities(computations: dict[str, list[_Instruction]]) -> dict[str, int]:
+def multiplicities(computations: dict[str, list[Instruction]]) -> dict[str, int]:
     """How often each computation runs; callees stand before their callers in HLO text."""
     times: dict[str, int] = defaultdict(int)
     times["ENTRY"] = 1
@@ -125,18 +137,19 @@ def _multiplicities(computations: dict[str, list[_Instruction]]) -> dict[str, in
             inner = 1
             if instruction.opcode == "while":
                 inner = _trips(computations, computations[name], instruction)
-            for called in _called(instruction):
-                times[called] += times[name] * inner
+            for other in called(instruction):
+                times[other] += times[name] * inner
     return times
 
 
-def _called(instruction: _Instruction) -> Iterator[str]:
+def called(instruction: Instruction) -> Iterator[str]:
+    """Names of the computations that an instruction runs."""
     for one, many in _CALLED.findall(instruction.rest):
         yield from [one] if one else re.findall(r"%[\w.-]+", many)
 
 
 def _trips(
-    computations: dict[str, list[_Instruction]], around: list[_Instruction], loop: _Instruction
+    computations: dict[str, list[Instruction]], around: list[Instruction], loop: Instruction
 ) -> int:
     """Rounds of a loop that counts up to a constant; 1 where it cannot be told."""
     known = re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.rest)
@@ -155,7 +168,7 @@ def _trips(
     return max(1, -(-way // _stride(computations, loop, counter)))
 
 
-def _first(around: list[_Instruction], loop: _Instruction, counter: _Instruction) -> int:
+def _first(around: list[Instruction], loop: Instruction, counter: Instruction) -> int:
     """Where the counter starts, if a constant says so; else 0."""
     index = re.search(r"index=(\d+)", counter.rest)
     by_name = {i.name: i for i in around}
@@ -169,13 +182,13 @@ def _first(around: list[_Instruction], loop: _Instruction, counter: _Instruction
 
 
 def _stride(
-    computations: dict[str, list[_Instruction]], loop: _Instruction, counter: _Instruction
+    computations: dict[str, list[Instruction]], loop: Instruction, counter: Instruction
 ) -> int:
     """What a round adds to the counter: 2 where the compiler does two rounds in one; 1 where it
     cannot be told."""
     index = re.search(r"index=(\d+)", counter.rest)
-    called = re.search(r"body=(%[\w.-]+)", loop.rest)
-    body = computations.get(called.group(1), []) if called else []
+    named = re.search(r"body=(%[\w.-]+)", loop.rest)
+    body = computations.get(named.group(1), []) if named else []
     if index is None or not body or body[-1].opcode != "tuple":
         return 1
     by_name = {i.name: i for i in body}
@@ -192,7 +205,7 @@ def _stride(
     return max(1, added)
 
 
-def _value(constant: _Instruction) -> int:
+def _value(constant: Instruction) -> int:
     found = re.match(r"(-?\d+)\)", constant.rest)
     return int(found.group(1)) if found else 0
 
@@ -202,7 +215,7 @@ def _operation(opcode: str) -> str | None:
     return name if name in _OPERATIONS else None
 
 
-def _arrays(shape: str) -> list[tuple[float, int, str]]:
+def arrays(shape: str) -> list[tuple[float, int, str]]:
     """(bytes, rank, name) of the arrays in a shape or tuple of shapes."""
     out = []
     for dtype, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egjax.capacity.chips import Topology
+from egjax.capacity.chips import Chip, Topology
 from egjax.capacity.compiled import Compiled, compile_for
 from egjax.capacity.formula import cache_bytes, cost, memory, state_bytes
+from egjax.capacity.kernels import Kernel
 from egjax.capacity.stages import Case
 from egjax.errors import EgjaxError
 from egjax.lm.model import REMAT
@@ -48,6 +49,9 @@ class Plan:
         host_memory: peak bytes of the host to do so, None by formula.
         advice: what to change, best first; empty where nothing seems wrong.
         note: what the compiler said where it refused.
+        kernels: where the compiled program of a GPU says so, what its kernels are: how many run,
+            bytes that they move, seconds that they take at least, and the twelve that take the
+            most; of a step, or of one decoded token. See `egjax.capacity.kernels`.
     """
 
     stage: str
@@ -72,6 +76,7 @@ class Plan:
     host_memory: float | None
     advice: tuple[str, ...]
     note: str | None
+    kernels: dict[str, Any] | None = None
 
     @property
     def fits(self) -> bool:
@@ -182,7 +187,21 @@ def _plan(
         host_memory=None if done is None else done.host_memory,
         advice=tuple(_advice(case, topology, (data, model), kinds, bound)),
         note=None if done is None else done.message,
+        kernels=None if done is None or not done.kernels else _kernels(done.kernels, chip),
     )
+
+
+def _kernels(found: Sequence[Kernel], chip: Chip) -> dict[str, Any]:
+    def seconds(kernel: Kernel) -> float:
+        return kernel.seconds(chip.flops, chip.bandwidth)
+
+    longest = sorted(found, key=seconds, reverse=True)[:12]
+    return {
+        "count": sum(one.times for one in found),
+        "bytes": sum(one.times * (one.bytes_read + one.bytes_written) for one in found),
+        "seconds": sum(map(seconds, found)),
+        "longest": [dataclasses.asdict(one) | {"seconds": seconds(one)} for one in longest],
+    }
 
 
 def _changes(
