@@ -28,9 +28,19 @@ def test_models_agree_and_contradict_as_said(capsys):
         assert rows[f"decode_cpu_ratio/{name}"]["value"] > 0
         # 2 layers: 4 · 32² attention (half of the keys and values) + 3 · 32 · 64 and two norms.
         layer = 3 * 32 * 32 + 3 * 32 * 64 + 2 * 32
-        weights = 3 * (2 * layer + 2 * 256 * 32 + 32) * 4
+        # The embedding is looked up in, the unembedding multiplied with.
+        weights = 3 * (2 * layer + 256 * 32 + 32) * 4
         assert rows[f"decode_weight_bytes/{name}"]["value"] == weights
         assert rows[f"decode_cache_bytes/{name}"]["value"] == 3 * 2 * (8 + 20) * 2 * 2 * 16 * 4
+
+
+def test_layers_apart_decode_alike(capsys):
+    main(dataclasses.replace(SMALL, cases=("half",), layers="apart"))
+    apart = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    main(dataclasses.replace(SMALL, cases=("half",)))
+    stacked = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    name = "decode_accepted/half"
+    assert apart[name]["value"] == stacked[name]["value"]
 
 
 def test_bad_options_are_told():
