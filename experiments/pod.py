@@ -181,6 +181,7 @@ def page(plans: Mapping[str, dict], assumptions: Assumptions) -> str:
         _answers(every),
         _HEADING,
         _table(_PLAN_HEAD, [_plan_row(name, record) for name, record in every.items()]),
+        *_kernels(every),
         _reading(every),
         "## The paper's full setting, in hours and dollars",
         _table(_COST_HEAD, _cost_rows(plans, assumptions)),
@@ -317,6 +318,26 @@ def _cost_rows(plans: Mapping[str, dict], a: Assumptions) -> list[Sequence[str]]
         )  # fmt: skip
     rows.append(("**all**", "", "", "", "", "", f"**{total[0]:,.0f}–{total[1]:,.0f}**"))
     return rows
+
+
+def _kernels(every: Mapping[str, dict]) -> list[str]:
+    """What the kernels of the GPU plans are, if there are such plans."""
+    rows = []
+    for name, record in every.items():
+        found = record["plan"].get("kernels")
+        if found:
+            what = "a token" if record["plan"]["stage"] == "decode" else "a step"
+            moved, least = found["bytes"] / 1e9, found["seconds"] * 1e3
+            rows.append((name, what, f"{found['count']:,}", f"{moved:,.1f}", f"{least:,.1f}"))
+    if not rows:
+        return []
+    head = ("plan", "of", "kernels", "bytes moved, GB", "at least, ms")
+    return [
+        "Kernels of the GPU programs as compiled (`egjax.capacity.kernels`), a chip; *at least*: "
+        "each at the peak or the bandwidth, whichever takes longer, links left out. On several "
+        "GPUs a decoder scans its stacked layers, and copies each before it multiplies.",
+        _table(head, rows),
+    ]
 
 
 def _by_formula(name: str) -> dict:
