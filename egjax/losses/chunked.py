@@ -15,7 +15,9 @@ one for the unembedding's gradient. Two ways; the sizes decide:
   products; `chunked_token_losses` forms the logits anew going backward: 2·M + 2.
 
 Either way the logits of a teacher exist for n tokens at a time, 4·n·V bytes for a `Head`, twice as
-many for a `Ratio`. Blocks that are multiplied take a few times 4·D bytes a column. How many tokens
+many for a `Ratio`. On a GPU, where few tokens cost as much time as many, the first way forms them
+for all tokens and some columns instead, three times over: for their sum, for the losses and for
+the gradients. Blocks that are multiplied take a few times 4·D bytes a column. How many tokens
 and columns, `SIZES` says for each platform. Gradients are rounded to the type of the matrix once;
 logits are never rounded. On an accelerator the gradients of the logits are, to the type of hidden
 states and matrix, before the two products with them: as those of every other layer are.
@@ -55,6 +57,8 @@ __all__ = [
 Array = jax.Array
 T = TypeVar("T")
 Pick = Callable[[Array], Array]
+Read = Callable[[Array, int], Array]
+"""(start, width) -> float32[n, width], some columns of the vocabulary."""
 Scores = Array | Callable[[Array], Array]
 
 
@@ -69,6 +73,8 @@ class Sizes(NamedTuple):
         block: the same a few tokens at a time.
         summed: logits that are summed over at once. Few stay in a CPU's cache.
         turned: logits that are turned into gradients at once, in the gradient's place.
+        by_columns: where the student's logits are in the gradient's place, a teacher's are formed
+            for all tokens and `columns` at a time rather than for `scored` tokens.
     """
 
     tokens: int
@@ -77,6 +83,7 @@ class Sizes(NamedTuple):
     block: int
     summed: int
     turned: int
+    by_columns: bool = False
 
 
 _ALL = 2**62
@@ -84,7 +91,7 @@ SIZES = {
     "cpu": Sizes(64, 64, 1024, 1024, 2**18, 2**18),
     # A matrix is read from memory once for each chunk of tokens, and the float32 sum of its
     # gradient read and written: 2048 tokens make that an eighth of the time of the products.
-    "gpu": Sizes(2048, 64, 2048, _ALL, _ALL, 2**20),
+    "gpu": Sizes(2048, 64, 2048, _ALL, _ALL, 2**20, by_columns=True),
     "tpu": Sizes(512, 64, 1024, 1024, 2**22, 2**22),
 }
 """By platform."""
@@ -177,6 +184,16 @@ class Head:
         """See `Teacher`."""
         return self.logits()
 
+    def columns(self, vocab_mask: Array | None) -> Read:
+        """The scores of N tokens, some columns at a time."""
+
+        def read(start: Array, width: int) -> Array:
+            columns, letters = _columns(self, 1, start, width)
+            formula = f"nd,{letters}->n{letters.replace('d', '')}"
+            return jnp.einsum(formula, self.hidden, columns, preferred_element_type=jnp.float32)
+
+        return read
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -222,6 +239,27 @@ class Ratio:
             return scores
         best = _allowed(large, vocab_mask, -jnp.inf).max(-1, keepdims=True)
         return jnp.where(large >= best + jnp.log(self.plausible), scores, -jnp.inf)
+
+    def columns(self, vocab_mask: Array | None) -> Read:
+        """The scores of N tokens, some columns at a time."""
+        heads = self.large, self.expert, self.anti_expert
+        large, expert, anti_expert = (head.columns(vocab_mask) for head in heads)
+        offset = best = None
+        norm = partial(_over_columns, vocabulary=self.large.vocabulary, mask=vocab_mask)
+        if self.clip is not None:
+            offset = norm(expert)[1] - norm(anti_expert)[1]
+        if self.plausible is not None:
+            best = norm(large)[0] + jnp.log(self.plausible)
+
+        def read(start: Array, width: int) -> Array:
+            ratio = expert(start, width) - anti_expert(start, width)
+            if offset is not None and self.clip is not None:
+                ratio = jnp.clip(ratio - offset[:, None], -self.clip, self.clip)
+            logits = large(start, width)
+            scores = logits + self.alpha * ratio
+            return scores if best is None else jnp.where(logits >= best[:, None], scores, -jnp.inf)
+
+        return read
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=[])
@@ -371,7 +409,7 @@ class _Rows(NamedTuple):
     Arrays over the vocabulary are [..., V], or [..., S, V/S] for S devices.
 
     Attributes:
-        teacher: scores, or the int[n] of a teacher with one token.
+        teacher: scores, or what reads their columns, or the int[n] of a teacher with one token.
         norms: logs of the sums of exponentials of logits and scores, over the temperature.
         slopes: float32[n], sums over the columns of each token's slopes in its log-probabilities.
         columns: int[V], numbers of the columns.
@@ -379,7 +417,7 @@ class _Rows(NamedTuple):
         temperature: float32[].
     """
 
-    teacher: Array
+    teacher: Array | Read
     norms: tuple[Array, Array]
     slopes: Array
     columns: Array
@@ -392,10 +430,13 @@ class _Rows(NamedTuple):
         mask = None if self.vocab_mask is None else _cut(self.vocab_mask, start, width)
         student = _allowed(logits / self.temperature, mask, NEVER)
         student = student - _beside(self.norms[0], logits)
-        if self.teacher.ndim == 1:
+        if callable(self.teacher):
+            teacher = self.teacher(start, width) / self.temperature
+        elif self.teacher.ndim == 1:
             right = _beside(self.teacher, logits) == _cut(self.columns, start, width)
             return student, jnp.where(right, 0.0, -jnp.inf)
-        teacher = _cut(self.teacher, start, width) / self.temperature
+        else:
+            teacher = _cut(self.teacher, start, width) / self.temperature
         teacher = _allowed(teacher, mask, -jnp.inf)
         return student, teacher - _beside(self.norms[1], logits)
 
@@ -470,10 +511,65 @@ def _measure(
         return sums[0] + jnp.where(fresh, losses, 0.0), sums[1] + jnp.where(fresh, slopes, 0.0)
 
     losses, slopes = (x.sum(lanes) for x in jax.lax.fori_loop(0, count, add, (zeros, zeros)))
+    return _with_z_loss(settings, rows, losses, slopes)
+
+
+def _over_columns(
+    read: Read, vocabulary: int, mask: Array | None, temperature: Array | float = 1.0
+) -> tuple[Array, Array]:
+    """Of N tokens the highest of their scores over the temperature, and the log of the sum of
+    exponentials, float32[N] each, from blocks of columns that are read once."""
+    count, width, place = _blocks(vocabulary, _sizes().columns)
+
+    def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        highest, total = carry
+        start, fresh = place(index)
+        fresh = fresh if mask is None else fresh & _cut(mask, start, width)
+        scores = jnp.where(fresh, read(start, width) / temperature, -jnp.inf)
+        new = jnp.maximum(highest, scores.max(-1))
+        # Of a token none of whose columns so far is allowed: -inf less -inf is NaN.
+        base = jnp.where(new > -jnp.inf, new, 0.0)
+        total = total * jnp.exp(highest - base) + jnp.exp(scores - base[:, None]).sum(-1)
+        return new, total
+
+    (count_, _) = jax.eval_shape(lambda start: read(start, width), jnp.int32(0)).shape
+    nothing = jnp.full(count_, -jnp.inf), jnp.zeros(count_)
+    highest, total = jax.lax.fori_loop(0, count, add, nothing)
+    return highest, jnp.log(total) + highest
+
+
+def _measure_by_columns(
+    settings: _Settings, read: Read, scores: Read, rest: Any
+) -> tuple[_Rows, Array, Array]:
+    """`_measure` of N tokens whose teacher's scores are formed anew whenever they are read."""
+    temperature, mask = rest
+    size = settings.vocabulary
+    norm = partial(_over_columns, vocabulary=size, mask=mask, temperature=temperature)
+    norms = norm(read)[1], norm(scores)[1]
+    rows = _Rows(scores, norms, jnp.zeros(()), jnp.arange(size), mask, temperature)
+    count, width, place = _blocks(size, _sizes().columns)
+
+    def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, fresh = place(index)
+        logps = rows.logps(read(start, width), start)
+        losses, slopes = (
+            jnp.where(fresh, x, 0.0).sum(-1) for x in _terms_and_slopes(settings.terms, *logps)
+        )
+        return sums[0] + losses, sums[1] + slopes
+
+    zeros = jnp.zeros(settings.count, jnp.float32)
+    losses, slopes = jax.lax.fori_loop(0, count, add, (zeros, zeros))
+    return _with_z_loss(settings, rows, losses, slopes)
+
+
+def _with_z_loss(
+    settings: _Settings, rows: _Rows, losses: Array, slopes: Array
+) -> tuple[_Rows, Array, Array]:
+    norm = rows.norms[0]
     if settings.z_loss:
         # The slope of the normaliser is the share p of a token, as is what it loses in `grads`.
-        slopes = slopes - 2 * settings.z_loss * norms[0]
-    return rows._replace(slopes=slopes), losses, settings.z_loss * norms[0] ** 2
+        slopes = slopes - 2 * settings.z_loss * norm
+    return rows._replace(slopes=slopes), losses, settings.z_loss * norm**2
 
 
 # --- in the gradient's place ----------------------------------------------------------------------
@@ -567,19 +663,21 @@ def _keep(
     sizes = _sizes()
     count, width, at = _blocks(settings.vocabulary, sizes.columns)
 
+    read_columns = student.columns(rest[1])
+
     def multiply(block: Array, kept: Array) -> Array:
         start, _ = at(block)
-        columns, letters = _columns(student, 1, start, width)
-        formula = f"nd,{letters}->n{letters.replace('d', '')}"
-        logits = jnp.einsum(formula, student.hidden, columns, preferred_element_type=jnp.float32)
-        return place.write(kept, logits, 0, start)
+        return place.write(kept, read_columns(start, width), 0, start)
 
     kept = jax.lax.fori_loop(0, count, multiply, place.empty())
-    rows = settings.rows
+    rows, turned = settings.rows, sizes.turned
+    whole = teacher if sizes.by_columns and isinstance(teacher, Head | Ratio) else None
     if isinstance(teacher, Targets):  # which have no logits that would take memory
         rows = max(rows, sizes.summed // sizes.columns)
+    elif whole is not None:
+        rows, turned = settings.count, settings.count * sizes.columns
     chunks, rows, chunk_at = _blocks(settings.count, rows)
-    tiles, tile, tile_at = _blocks(settings.vocabulary, sizes.turned // rows)
+    tiles, tile, tile_at = _blocks(settings.vocabulary, turned // rows)
 
     def chunk(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, values = carry
@@ -591,7 +689,10 @@ def _keep(
         def read(start: Array, width: int) -> Array:
             return place.read(kept, row, rows, start, width)
 
-        measured, *found = _measure(settings, read, teacher.pick(pick).scores(*rest), rest)
+        if whole is not None:
+            measured, *found = _measure_by_columns(settings, read, whole.columns(rest[1]), rest)
+        else:
+            measured, *found = _measure(settings, read, teacher.pick(pick).scores(*rest), rest)
 
         def turn(block: Array, kept: Array) -> Array:
             start, fresh = tile_at(block)

@@ -116,12 +116,13 @@ def test_composed_teacher(plain, terms, options, width):
     compare(naive, chunks, student)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The chunks of an accelerator, traced anew: 5 tokens at a time, or 3 of a teacher."""
+@pytest.fixture(params=[False, True], ids=["tokens", "columns"])
+def as_on_a_gpu(monkeypatch, request):
+    """The chunks of an accelerator, traced anew: 5 tokens at a time, or 3 of a teacher, or all of
+    them and 8 columns."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     everything = chunked.SIZES["gpu"].block
-    sizes = chunked.Sizes(5, 3, 8, everything, everything, 20)
+    sizes = chunked.Sizes(5, 3, 8, everything, everything, 20, by_columns=request.param)
     monkeypatch.setitem(chunked.SIZES, "gpu", sizes)
     # Rounded as there, multiplied in float32: a CPU lacks some products of bfloat16.
     rounded = chunked._rounded
@@ -138,19 +139,21 @@ def as_on_a_gpu(monkeypatch):
 def test_chunks_of_an_accelerator(width, dtype, rtol, tied):
     student = head(0, tied, dtype=dtype, width=width)
     models = [head(i, dtype=dtype) for i in (1, 2, 3)]
-    teacher = Ratio(*models, alpha=0.6, clip=0.8)
+    composed = {"alpha": 0.6, "clip": 0.8, "plausible": 0.2}
+    teacher = Ratio(*models, **composed)
+    options = {"temperature": 1.3, "vocab_mask": MASK}
     mask = jnp.arange(7) < 5
 
     def naive(s):
-        goal = losses.behaviour_ratio(*map(logits, models), alpha=0.6, clip=0.8)
+        goal = losses.behaviour_ratio(*map(logits, models), vocab_mask=MASK, **composed)
         logps = losses.token_logps(logits(s), TARGETS)
-        one = (WEIGHTS * losses.reverse_kl(logits(s), goal)).sum()
+        one = (WEIGHTS * losses.reverse_kl(logits(s), goal, **options)).sum()
         two = (WEIGHTS * losses.generalised_jsd(logits(s), logits(models[0]))).sum()
         return one + two - (WEIGHTS * logps).sum() + jnp.sin((mask * logps).sum(-1)).sum()
 
     def chunks(s):
         targets, jsd = Targets(TARGETS), losses.generalised_jsd_terms
-        one, _ = losses.chunked_loss(s, teacher, WEIGHTS)
+        one, _ = losses.chunked_loss(s, teacher, WEIGHTS, **options)
         two, _ = losses.chunked_loss(s, models[0], WEIGHTS, terms=jsd)
         nll, _ = losses.chunked_loss(s, targets, WEIGHTS, terms=losses.forward_kl_terms)
         sums, _ = losses.chunked_sequence_logps(s, TARGETS, jnp.broadcast_to(mask, SHAPE))
