@@ -69,7 +69,8 @@ class Sizes(NamedTuple):
         tokens: whose logits do, where the student's are formed a few tokens at a time. More are
             faster, at 4·V bytes each an array.
         scored: whose teacher's logits do, where the student's are in the gradient's place.
-        columns: of the vocabulary that are multiplied at once there.
+        columns: of the vocabulary that are multiplied at once there; half as many of a matrix of 32
+            bits, but on a CPU.
         block: the same a few tokens at a time.
         summed: logits that are summed over at once. Few stay in a CPU's cache.
         turned: logits that are turned into gradients at once, in the gradient's place.
@@ -91,7 +92,7 @@ SIZES = {
     "cpu": Sizes(64, 64, 1024, 1024, 2**18, 2**18),
     # A matrix is read from memory once for each chunk of tokens, and the float32 sum of its
     # gradient read and written: 2048 tokens make that an eighth of the time of the products.
-    "gpu": Sizes(2048, 64, 2048, _ALL, _ALL, 2**20, by_columns=True),
+    "gpu": Sizes(2048, 64, 1664, _ALL, _ALL, 2**20, by_columns=True),
     "tpu": Sizes(512, 64, 1024, 1024, 2**22, 2**22),
 }
 """By platform."""
@@ -99,6 +100,12 @@ SIZES = {
 
 def _sizes() -> Sizes:
     return SIZES.get(jax.default_backend(), SIZES["gpu"])
+
+
+def _width(matrix: Array) -> int:
+    """Columns of a matrix that are multiplied at once in the gradient's place."""
+    wide = matrix.dtype.itemsize > 2 and jax.default_backend() != "cpu"
+    return _sizes().columns // (2 if wide else 1)
 
 
 def _rounded(grads: Array, like: Array) -> Array:
@@ -245,7 +252,8 @@ class Ratio:
         heads = self.large, self.expert, self.anti_expert
         large, expert, anti_expert = (head.columns(vocab_mask) for head in heads)
         offset = best = None
-        norm = partial(_over_columns, vocabulary=self.large.vocabulary, mask=vocab_mask)
+        columns = self.large.vocabulary, _width(self.large.unembedding)
+        norm = partial(_over_columns, columns=columns, mask=vocab_mask)
         if self.clip is not None:
             offset = norm(expert)[1] - norm(anti_expert)[1]
         if self.plausible is not None:
@@ -515,11 +523,11 @@ def _measure(
 
 
 def _over_columns(
-    read: Read, vocabulary: int, mask: Array | None, temperature: Array | float = 1.0
+    read: Read, columns: tuple[int, int], mask: Array | None, temperature: Array | float = 1.0
 ) -> tuple[Array, Array]:
     """Of N tokens the highest of their scores over the temperature, and the log of the sum of
-    exponentials, float32[N] each, from blocks of columns that are read once."""
-    count, width, place = _blocks(vocabulary, _sizes().columns)
+    exponentials, float32[N] each. Of all columns so many are read at once, and each once."""
+    count, width, place = _blocks(*columns)
 
     def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         highest, total = carry
@@ -539,15 +547,16 @@ def _over_columns(
 
 
 def _measure_by_columns(
-    settings: _Settings, read: Read, scores: Read, rest: Any
+    settings: _Settings, read: Read, scores: Read, rest: Any, columns: int
 ) -> tuple[_Rows, Array, Array]:
-    """`_measure` of N tokens whose teacher's scores are formed anew whenever they are read."""
+    """`_measure` of N tokens whose teacher's scores are formed anew whenever they are read, so many
+    columns at once."""
     temperature, mask = rest
     size = settings.vocabulary
-    norm = partial(_over_columns, vocabulary=size, mask=mask, temperature=temperature)
+    norm = partial(_over_columns, columns=(size, columns), mask=mask, temperature=temperature)
     norms = norm(read)[1], norm(scores)[1]
     rows = _Rows(scores, norms, jnp.zeros(()), jnp.arange(size), mask, temperature)
-    count, width, place = _blocks(size, _sizes().columns)
+    count, width, place = _blocks(size, columns)
 
     def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         start, fresh = place(index)
@@ -660,8 +669,8 @@ def _keep(
 ) -> tuple[tuple[Array, Array], Array]:
     """Losses and z-losses float32[N], and the gradients of their sums in the logits, in place."""
     place = _Place(settings, student)
-    sizes = _sizes()
-    count, width, at = _blocks(settings.vocabulary, sizes.columns)
+    sizes, columns = _sizes(), _width(student.unembedding)
+    count, width, at = _blocks(settings.vocabulary, columns)
 
     read_columns = student.columns(rest[1])
 
@@ -673,9 +682,9 @@ def _keep(
     rows, turned = settings.rows, sizes.turned
     whole = teacher if sizes.by_columns and isinstance(teacher, Head | Ratio) else None
     if isinstance(teacher, Targets):  # which have no logits that would take memory
-        rows = max(rows, sizes.summed // sizes.columns)
+        rows = max(rows, sizes.summed // columns)
     elif whole is not None:
-        rows, turned = settings.count, settings.count * sizes.columns
+        rows, turned = settings.count, settings.count * columns
     chunks, rows, chunk_at = _blocks(settings.count, rows)
     tiles, tile, tile_at = _blocks(settings.vocabulary, turned // rows)
 
@@ -690,7 +699,8 @@ def _keep(
             return place.read(kept, row, rows, start, width)
 
         if whole is not None:
-            measured, *found = _measure_by_columns(settings, read, whole.columns(rest[1]), rest)
+            scores = whole.columns(rest[1])
+            measured, *found = _measure_by_columns(settings, read, scores, rest, columns)
         else:
             measured, *found = _measure(settings, read, teacher.pick(pick).scores(*rest), rest)
 
@@ -716,7 +726,7 @@ def _keep(
 def _grads_of_kept(settings: _Settings, student: Head, kept: Array, weights: Array) -> Head:
     """The gradient of the weighted sum of losses; the unembedding's takes the place of `kept`."""
     place = _Place(settings, student)
-    count, width, at = _blocks(settings.vocabulary, _sizes().columns)
+    count, width, at = _blocks(settings.vocabulary, _width(student.unembedding))
     late = jax.default_backend() == "cpu"  # fewer products with the weights, none to be rounded
     left = student.hidden.astype(jnp.float32) * weights[:, None] if late else student.hidden
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
