@@ -162,9 +162,9 @@ def placements(specs: dict[str, Any], mesh: Mesh) -> Params:
 def unstacked(params: Params, *, consume: bool = False) -> Params:
     """Parameters whose layers are a tuple of trees: the model goes through them one by one.
 
-    A scan cuts each layer out of the stack before it multiplies with it. On a TPU that is part of
-    the product; XLA for GPUs copies the layer, so that a token which is decoded reads its weights,
-    writes them and reads them again. The price is a program as long as there are layers.
+    A scan cuts each layer out of the stack before it multiplies with it. XLA for GPUs copies the
+    layer to do so: a token that is decoded reads its weights, writes them and reads them again. The
+    price of layers apart is a program as long as there are layers.
 
     Args:
         params: as `table` lists them, also with an adapter (`egjax.lm.lora.attach`) or in eight

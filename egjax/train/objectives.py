@@ -70,7 +70,7 @@ def tokens_a_device(platform: str) -> int:
     Args:
         platform: `"cpu"`, `"gpu"` or `"tpu"`.
     """
-    return max(512, SIZES[platform].tokens)
+    return max(512, SIZES.get(platform, SIZES["gpu"]).tokens)
 
 
 class Frozen(NamedTuple):
