@@ -86,8 +86,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; masters and optimiser are float32."""
     remat: Remat = "none"
-    """What of a layer is kept for the backward pass; on a GPU to compute again what is cheap
-    (selective) saves more time at the memory than it takes."""
+    """What of a layer is kept for the backward pass. By count of a GPU's kernels (LOG.md) a step
+    that computes again what is cheap (selective) takes less time than one that keeps all."""
     pairs: int = 4
     """Preference pairs a step."""
     prompt: int = 448

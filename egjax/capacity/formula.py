@@ -1,4 +1,4 @@
-"""Memory and cost of a stage by formula: for GPUs, and where libtpu is not installed.
+"""Memory and cost of a stage by formula, where a chip's compiler is not installed.
 
 The same arithmetic gives the FLOPs of compiled plans, because XLA counts a loop's body once.
 Symbols: P weights that multiply a token, T tokens a row, L layers, D width, V vocabulary, H heads

@@ -181,14 +181,12 @@ def _weights(config: LlamaConfig, case: Case, mesh: Mesh) -> Any:
     if case.stage != "decode" or case.platform != "gpu" or mesh.size > 1:
         return weights
 
-    def layer(_: int) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding(mesh, (), ())),
-            weights["layers"],
-        )
-
+    here = sharding(mesh, (), ())
+    layer = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=here), weights["layers"]
+    )
     # As `experiments.models.for_decoding` takes them apart.
-    return {**weights, "layers": tuple(map(layer, range(config.num_layers)))}
+    return {**weights, "layers": (layer,) * config.num_layers}
 
 
 def _prompts(case: Case, place: NamedSharding) -> Prompts:

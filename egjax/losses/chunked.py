@@ -540,8 +540,8 @@ def _over_columns(
         total = total * jnp.exp(highest - base) + jnp.exp(scores - base[:, None]).sum(-1)
         return new, total
 
-    (count_, _) = jax.eval_shape(lambda start: read(start, width), jnp.int32(0)).shape
-    nothing = jnp.full(count_, -jnp.inf), jnp.zeros(count_)
+    tokens, _ = jax.eval_shape(lambda start: read(start, width), jnp.int32(0)).shape
+    nothing = jnp.full(tokens, -jnp.inf), jnp.zeros(tokens)
     highest, total = jax.lax.fori_loop(0, count, add, nothing)
     return highest, jnp.log(total) + highest
 
@@ -999,7 +999,8 @@ def chunked_loss(
         temperature: divides the logits of both; the result is not multiplied by its square.
         vocab_mask: bool[V], False for padded columns, which neither side may use.
         tokens: at most so many have logits at once; the student's only where there are more than D.
-            None goes by the platform, see `SIZES`.
+            None goes by the platform, see `SIZES`. On a GPU a few columns are formed for all tokens
+            instead where there are no more than D.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
         z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
             sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.

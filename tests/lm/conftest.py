@@ -1,3 +1,4 @@
+import dataclasses
 import zlib
 
 import jax
@@ -69,3 +70,13 @@ def params(config, make_params):
 @pytest.fixture(scope="session")
 def tokens(config):
     return jax.random.randint(jax.random.key(1), (3, 12), 3, config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def three(config, make_params):
+    """A large model, an expert that often agrees with it, and an anti-expert."""
+    config = dataclasses.replace(config, eos_ids=(7,), num_layers=2)
+    shallow = dataclasses.replace(config, num_layers=1)
+    expert, other = (make_params(config, seed, scale=0.15) for seed in (0, 5))
+    large = jax.tree.map(lambda a, b: a + 0.2 * (b - b.mean()), expert, other)
+    return [(large, config), (expert, config), (make_params(shallow, 2, scale=0.05), shallow)]

@@ -23,16 +23,6 @@ PROMPTS = [[3, 9, 4], [8], [5, 6, 7, 8, 9, 10, 11]]
 RATIO = ratio_combine(alpha=0.5)
 
 
-@pytest.fixture(scope="module")
-def three(config, make_params):
-    """A large model, an expert that often agrees with it, and an anti-expert."""
-    config = dataclasses.replace(config, eos_ids=(7,), num_layers=2)
-    shallow = dataclasses.replace(config, num_layers=1)
-    expert, other = (make_params(config, seed, scale=0.15) for seed in (0, 5))
-    large = jax.tree.map(lambda a, b: a + 0.2 * (b - b.mean()), expert, other)
-    return [(large, config), (expert, config), (make_params(shallow, 2, scale=0.05), shallow)]
-
-
 def same(ours, plain):
     assert np.array_equal(ours.tokens, plain.tokens)
     assert np.array_equal(ours.mask, plain.mask)

@@ -1,7 +1,5 @@
 """A model whose layers are apart is the same model."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +16,6 @@ from egjax.lm.speculate import speculate
 KEY = jax.random.key(0)
 TOKENS = jnp.array([[3, 9, 4, 8, 1], [5, 6, 7, 2, 2]])
 PROMPTS = pad_prompts([[3, 9, 4], [8], [5, 6, 7, 8]], pad_id=0, bucket=4)
-
-
-@pytest.fixture(scope="module")
-def three(config, make_params):
-    config = dataclasses.replace(config, eos_ids=(7,), num_layers=2)
-    shallow = dataclasses.replace(config, num_layers=1)
-    expert, other = (make_params(config, seed, scale=0.15) for seed in (0, 5))
-    large = jax.tree.map(lambda a, b: a + 0.2 * (b - b.mean()), expert, other)
-    return [(large, config), (expert, config), (make_params(shallow, 2, scale=0.05), shallow)]
 
 
 def close(found, wanted):
