@@ -163,11 +163,12 @@ def _fusion(program: dict[str, list[Instruction]], name: str) -> tuple[float, fl
 def _taken(parameter: Instruction, users: dict[str, list[tuple[str, Instruction]]]) -> float:
     """Bytes of an operand that a fusion reads: the parts it cuts, else all."""
     whole, total, open_ = _size(parameter), 0.0, list(users[parameter.name])
+    entry = whole / max(1, prod(_sizes(parameter.shape)))
     while open_:
         source, one = open_.pop()
         if one.opcode in _CUTS and _operands(one)[0] == source:
-            total += _size(one)
-        elif one.opcode == "bitcast":
+            total += entry * prod(_sizes(one.shape))
+        elif one.opcode in ("bitcast", "convert"):  # of what is cut after it, no more is converted
             open_ += users[one.name]
         elif one.opcode != "dynamic-update-slice" or _operands(one)[0] != source:
             return whole

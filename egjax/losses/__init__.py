@@ -6,11 +6,6 @@ are stopped inside. Hyper-parameters go by keyword and default to the paper's va
 """
 
 from egjax.losses.chunked import (
-    Head,
-    Ratio,
-    Targets,
-    Teacher,
-    TopK,
     chunked_kl_to_initial,
     chunked_loss,
     chunked_sequence_logps,
@@ -32,6 +27,7 @@ from egjax.losses.distill import (
     skewed_reverse_kl_terms,
 )
 from egjax.losses.ewc import ewc_penalty, fisher_diagonal
+from egjax.losses.heads import Head, Ratio, Targets, Teacher, TopK
 from egjax.losses.preference import (
     Metrics,
     cdpo,

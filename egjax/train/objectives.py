@@ -36,7 +36,7 @@ from egjax.losses import (
     token_logps,
 )
 from egjax.losses import z_loss as squared_normaliser
-from egjax.losses.chunked import SIZES
+from egjax.losses.blocks import SIZES
 from egjax.mesh import mesh_in_use
 from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.step import LossFn

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from egjax import losses
-from egjax.losses import Head, Ratio, Targets, TopK, chunked
+from egjax.losses import Head, Ratio, Targets, TopK, blocks, chunked, place
 
 SHAPE, WIDTH, VOCAB = (2, 7), 6, 37
 MASK = jnp.arange(VOCAB) < 33
@@ -37,8 +37,9 @@ divergence = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """37 columns in blocks of 8 or 5 (the last one overlaps); 14 tokens in chunks of 4."""
-    monkeypatch.setitem(chunked.SIZES, "cpu", chunked.Sizes(64, 64, 8, 8, 20, 20))
+    """37 columns in blocks of 8 or 5 (the last one is smaller); 14 tokens in chunks of 4."""
+    small = blocks.Sizes(64, 64, 8, 8, 20, 20, together=False)
+    monkeypatch.setitem(blocks.SIZES, "cpu", small)
 
 
 def head(seed, tied=False, dtype=jnp.float32, shape=SHAPE, width=WIDTH, vocab=VOCAB):
@@ -116,17 +117,18 @@ def test_composed_teacher(plain, terms, options, width):
     compare(naive, chunks, student)
 
 
-@pytest.fixture(params=[False, True], ids=["tokens", "columns"])
+@pytest.fixture(params=[False, True], ids=["apart", "together"])
 def as_on_a_gpu(monkeypatch, request):
-    """The chunks of an accelerator, traced anew: 5 tokens at a time, or 3 of a teacher, or all of
-    them and 8 columns."""
+    """The chunks of an accelerator, traced anew: 5 tokens at a time, or 3 of a teacher, or as many
+    as have room in the gradient's place together with it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    everything = chunked.SIZES["gpu"].block
-    sizes = chunked.Sizes(5, 3, 8, everything, everything, 20, by_columns=request.param)
-    monkeypatch.setitem(chunked.SIZES, "gpu", sizes)
+    everything = blocks.SIZES["gpu"].block
+    sizes = blocks.Sizes(5, 3, 8, everything, everything, 20, together=request.param)
+    monkeypatch.setitem(blocks.SIZES, "gpu", sizes)
     # Rounded as there, multiplied in float32: a CPU lacks some products of bfloat16.
-    rounded = chunked._rounded
-    monkeypatch.setattr(chunked, "_rounded", lambda *x: rounded(*x).astype(jnp.float32))
+    rounded = blocks.rounded
+    for module in (chunked, place):
+        monkeypatch.setattr(module, "rounded", lambda *x: rounded(*x).astype(jnp.float32))
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -330,8 +332,8 @@ def test_all_logits_never_exist(make, width):
 
 
 def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(monkeypatch):
-    sizes = chunked.Sizes(64, 64, 512, 512, 2**18, 2**18)
-    monkeypatch.setitem(chunked.SIZES, "cpu", sizes)
+    sizes = blocks.Sizes(64, 64, 512, 512, 2**18, 2**18, together=False)
+    monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
 
     def temp(fn, count, vocab, width=64):
         def arrays(rows, columns):
@@ -396,10 +398,10 @@ SHARDED = """
 import re, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from egjax import losses
-from egjax.losses import Head, Ratio, Targets, chunked
+from egjax.losses import Head, Ratio, Targets, blocks
 from egjax.mesh import make_mesh
 
-chunked.SIZES["cpu"] = chunked.Sizes(64, 64, 16, 16, 256, 256)
+blocks.SIZES["cpu"] = blocks.Sizes(64, 64, 16, 16, 256, 256, together=False)
 mesh = make_mesh(data=2, model=4)
 N, V, S = 32, 240, 4
 keys = jax.random.split(jax.random.key(0), 8)
