@@ -2,7 +2,7 @@
 
     python -m experiments.bench_losses [--memory-only] [--losses sft reverse_kl ...]
     python -m experiments.bench_losses --vocabulary 4096 --width 128 --tokens 256   # seconds
-    python -m experiments.bench_losses --compile-for h200:1     # memory on a GPU, without the GPU
+    python -m experiments.bench_losses --compile-for h200:1     # a GPU's programs, without the GPU
 
 Value and gradient (hidden states and unembedding of the student) of each loss, once from all logits
 (naive) and once in chunks, in one process, in turns. Rows, ratio = chunked ÷ naive:
@@ -10,12 +10,14 @@ Value and gradient (hidden states and unembedding of the student) of each loss, 
 arguments and results; `loss_gradient_error/LOSS`, largest difference ÷ largest entry. In bfloat16
 on a CPU also `loss_temp_memory_beside_gradient/LOSS`, both sides less the bytes of one unembedding:
 where logits and gradient share their place, XLA's CPU compiler copies its 16-bit integers to
-bfloat16.
+bfloat16. With `--compile-for` instead `loss_least_time/LOSS`: the time of all kernels, each at the
+chip's peak (half of it for float32) or its memory's bandwidth (twice that for blocks of less than
+40 MB, which its cache holds), whichever takes longer, without launches; nothing is run.
 At the default size a run of one form takes 9 to 14 s (one teacher or none) on two hyperthreads of
 an AMD EPYC that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
 Expected in float32: time 0.91 to 0.99 of the naive form's, memory 0.013-0.043, gradients equal to
 1e-5. In bfloat16: memory 0.12-0.26, beside the gradient 0.01-0.04. Compiled for an H200: memory
-0.01-0.05 in either.
+0.01-0.05 in either, least time LEAST.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ import tyro
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from egjax import losses
-from egjax.capacity.chips import parse
+from egjax.capacity.chips import Chip, parse
 from egjax.capacity.compiled import devices_of, traced_for
+from egjax.capacity.kernels import Kernel, kernels
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.losses import Head, Ratio, Targets
@@ -45,6 +48,8 @@ from experiments.common import emit, run_main
 Array = jax.Array
 _CLIPPED: dict[str, Any] = {"alpha": 0.8, "clip": 2.0, "plausible": 0.01}
 _MIB = 2**20
+_CACHED = 40e6
+"""Bytes of a kernel that a GPU's cache of 50 MB holds from one kernel to the next."""
 
 
 class Loss(NamedTuple):
@@ -167,7 +172,7 @@ def main(config: Config) -> None:
             where="--tokens",
             remedy="give a multiple of 128",
         )
-    place, tracing = None, contextlib.nullcontext()
+    place, tracing, chip = None, contextlib.nullcontext(), None
     if config.compile_for is not None:
         topology = parse(config.compile_for)
         if topology.chips > 1 or topology.chip.is_tpu:
@@ -175,14 +180,17 @@ def main(config: Config) -> None:
                 f"{topology.name} is not one GPU", where="--compile-for", remedy="e.g. h200:1"
             )
         place, tracing = SingleDeviceSharding(devices_of(topology)[0]), traced_for("gpu")
+        chip = topology.chip
     with tracing, progress("losses", len(config.losses)) as advance:
         for done, name in enumerate(config.losses, start=1):
-            emit(*measure(name, config, place), json=config.json)
+            emit(*measure(name, config, place, chip), json=config.json)
             advance(done, name)
 
 
-def measure(name: str, config: Config, place: Sharding | None = None) -> list[Figure]:
-    """The rows of one loss; of memory alone with `place`, the description of a device."""
+def measure(
+    name: str, config: Config, place: Sharding | None = None, chip: Chip | None = None
+) -> list[Figure]:
+    """The rows of one loss; what is compiled alone with `place`, the description of a device."""
     loss = LOSSES[name]
     forms = {
         "chunked": lambda s, others, targets: loss.chunked(s, others, targets, config.chunk),
@@ -202,6 +210,9 @@ def measure(name: str, config: Config, place: Sharding | None = None) -> list[Fi
         gradient = 2 * config.width * config.vocabulary / _MIB
         beside = {form: value - gradient for form, value in memory.items()}
         figures.append(row("loss_temp_memory_beside_gradient", beside, "MiB", n=1))
+    if chip is not None:
+        least = {form: _least_time(c.as_text() or "", chip) for form, c in compiled.items()}
+        figures.append(row("loss_least_time", least, "s", n=1))
     if config.memory_only or place is not None:
         return figures
     inputs = jax.block_until_ready(jax.jit(lambda: _inputs(loss.models, config))())
@@ -221,6 +232,14 @@ def measure(name: str, config: Config, place: Sharding | None = None) -> list[Fi
     figures.append(row("loss_time", medians, "s", n=config.repeats))
     figures.append(Figure(f"loss_gradient_error/{name}", error, "fraction", n=1, seed=config.seed))
     return figures
+
+
+def _least_time(text: str, chip: Chip) -> float:
+    def seconds(kernel: Kernel) -> float:
+        cached = kernel.bytes_read + kernel.bytes_written < _CACHED
+        return kernel.seconds(chip.flops, chip.bandwidth * (2 if cached else 1))
+
+    return sum(map(seconds, kernels(text)))
 
 
 def _row(loss: str, name: str, values: dict[str, float], unit: str, n: int) -> Figure:

@@ -53,6 +53,7 @@ class Kernel:
         times: that it runs; a loop of unknown length counts once.
         bytes_read, bytes_written: each time.
         flops: of its matrix products, each time.
+        wide: whether these take entries of 32 bits, as TF32 at half the rate of 16 bits.
     """
 
     operation: str
@@ -61,11 +62,12 @@ class Kernel:
     bytes_read: float
     bytes_written: float
     flops: float
+    wide: bool = False
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """Least time of all its runs, at so many FLOP/s and bytes/s."""
+        """Least time of all its runs, at so many FLOP/s (of 16 bits) and bytes/s."""
         moved = (self.bytes_read + self.bytes_written) / bandwidth
-        return self.times * max(moved, self.flops / flops)
+        return self.times * max(moved, self.flops * (2 if self.wide else 1) / flops)
 
 
 def kernels(text: str, *, step: bool = False) -> list[Kernel]:
@@ -125,22 +127,22 @@ def _kernel(
     target = re.search(r'custom_call_target="([^"]*)"', one.rest)
     source = re.search(r'op_name="([^"]*)"', one.rest)
     read = sum(_size(around[name]) for name in _operands(one) if name in around)
-    written, flops = _size(one), 0.0
+    written, flops, wide = _size(one), 0.0, False
     if one.opcode in ("fusion", "fusion-start"):
         (inner, *_) = called(one)
-        read, written, flops = _fusion(program, inner)
+        read, written, flops, wide = _fusion(program, inner)
     elif one.opcode == "dynamic-slice":
         read = written
     elif one.opcode == "dynamic-update-slice":
         read = written = _size(around[_operands(one)[1]])
     elif one.opcode == "dot" or (target and re.search("cublas|matmul|gemm", target.group(1))):
-        flops = _product(one, around)
+        flops, wide = _product(one, around), _wide(one, around)
     operation = f"{one.opcode} {target.group(1)}" if target else one.opcode
-    return Kernel(operation, source.group(1) if source else "", times, read, written, flops)
+    return Kernel(operation, source.group(1) if source else "", times, read, written, flops, wide)
 
 
-def _fusion(program: dict[str, list[Instruction]], name: str) -> tuple[float, float, float]:
-    """Bytes read and written by a fusion, and its FLOPs."""
+def _fusion(program: dict[str, list[Instruction]], name: str) -> tuple[float, float, float, bool]:
+    """Bytes read and written by a fusion, its FLOPs, and whether they are of 32 bits."""
     inside = program[name]
     by_name = {one.name: one for one in inside}
     users: dict[str, list[tuple[str, Instruction]]] = defaultdict(list)
@@ -150,14 +152,16 @@ def _fusion(program: dict[str, list[Instruction]], name: str) -> tuple[float, fl
     read = sum(_taken(one, users) for one in inside if one.opcode == "parameter")
     root = inside[-1]
     parts = [by_name[n] for n in _operands(root)] if root.opcode == "tuple" else [root]
-    flops = sum(_product(one, by_name) for one in inside if one.opcode == "dot")
-    flops += sum(
-        _fusion(program, other)[2]
+    found = [
+        (_product(one, by_name), _wide(one, by_name)) for one in inside if one.opcode == "dot"
+    ] + [
+        _fusion(program, other)[2:]
         for one in inside
         if one.opcode == "fusion"
         for other in called(one)
-    )
-    return read, sum(_put(one, by_name) for one in parts), flops
+    ]
+    flops, wide = sum(n for n, _ in found), any(w for _, w in found)
+    return read, sum(_put(one, by_name) for one in parts), flops, wide
 
 
 def _taken(parameter: Instruction, users: dict[str, list[tuple[str, Instruction]]]) -> float:
@@ -194,6 +198,12 @@ def _product(one: Instruction, by_name: dict[str, Instruction]) -> float:
     sizes = _sizes(left.shape)
     contracted = prod(sizes[int(n)] for n in re.findall(r"\d+", listed.group(1)))
     return 2.0 * prod(_sizes(one.shape)) * contracted
+
+
+def _wide(one: Instruction, by_name: dict[str, Instruction]) -> bool:
+    """Whether a matrix product takes entries of 32 bits."""
+    left = by_name.get(_operands(one)[0])
+    return left is not None and left.shape.startswith("f32[")
 
 
 def _operands(one: Instruction) -> list[str]:

@@ -4,23 +4,23 @@ N tokens, M models (student and teachers), width D, vocabulary V; a product take
 operations, and all logits at once need M + 2 of them: M for logits, one for the hidden states' and
 one for the unembedding's gradient. Two ways; the sizes decide:
 
-- **In the gradient's place**, where N <= D and the vocabulary is not split over devices: the
-  student's logits are formed for all tokens, some columns at a time, and kept where the
+- **In the gradient's place** (`egjax.losses.place`), where N < D and the vocabulary is not split
+  over devices: the student's logits are formed some columns at a time and kept where the
   unembedding's gradient will be, which has as many rows or more. They are turned there into losses
   and the gradients of the logits, unweighted; once the weights of the tokens are known (preferences
   know them after all sums), each block of columns gives way to that block's gradient. M + 2
-  products for every loss, each of N tokens at once.
+  products for every loss. A teacher's scores exist for a few tokens at a time on a CPU; on an
+  accelerator, where few tokens cost as much time as many, they lie in the same place, for as many
+  tokens as have room.
 - **A few tokens at a time** otherwise (`tokens`, n of N): what they give is added to a float32 sum
   of the unembedding's gradient. `chunked_loss`, whose weights are known before, takes M + 2
   products; `chunked_token_losses` forms the logits anew going backward: 2·M + 2.
 
-Either way the logits of a teacher exist for n tokens at a time, 4·n·V bytes for a `Head`, twice as
-many for a `Ratio`. On a GPU, where few tokens cost as much time as many, the first way forms them
-for all tokens and some columns instead, three times over: for their sum, for the losses and for
-the gradients. Blocks that are multiplied take a few times 4·D bytes a column. How many tokens
-and columns, `SIZES` says for each platform. Gradients are rounded to the type of the matrix once;
-logits are never rounded. On an accelerator the gradients of the logits are, to the type of hidden
-states and matrix, before the two products with them: as those of every other layer are.
+What a teacher's arrays of n tokens take are 4·n·V bytes for a `Head`, twice as many for a `Ratio`.
+Blocks that are multiplied take a few times 4·D bytes a column. How many tokens and columns, `SIZES`
+says for each platform. Gradients are rounded to the type of the matrix once; logits are never
+rounded. On an accelerator the gradients of the logits are, to the type of hidden states and matrix,
+before the two products with them: as those of every other layer are.
 
 A loss is named by its terms (`egjax.losses.distill`) and a teacher: the negative log-likelihood
 is the forward KL to `Targets`, whose probability is all on one token.
@@ -296,8 +296,8 @@ def chunked_loss(
         temperature: divides the logits of both; the result is not multiplied by its square.
         vocab_mask: bool[V], False for padded columns, which neither side may use.
         tokens: at most so many have logits at once; the student's only where there are more than D.
-            None goes by the platform, see `SIZES`. On a GPU a few columns are formed for all tokens
-            instead where there are no more than D.
+            None goes by the platform, see `SIZES`. On an accelerator there is no such bound on a
+            teacher whose scores lie in the gradient's place.
         vocab_shards: how many devices share the vocabulary's axis; divides V.
         z_loss: weight of the student's squared log-normaliser, added to each token's loss in the
             sum alone (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Static.

@@ -1,5 +1,7 @@
 """Bytes and operations of a small program, counted by hand."""
 
+from dataclasses import replace
+
 from egjax.capacity.kernels import Kernel, kernels
 
 TEXT = """HloModule jit_f
@@ -86,7 +88,9 @@ def test_a_kernel_reads_what_it_cuts_and_writes_what_it_puts():
     assert found["fusion"] == Kernel("fusion", "", 1, 64 + 4, 64, 0)
     # Workspace counts as written: it is.
     gemm = found["custom-call __cublas$gemm"]
-    assert gemm == Kernel("custom-call __cublas$gemm", "", 1, 512, 64 + 64, 2 * 4 * 4 * 16)
+    assert gemm == Kernel(
+        "custom-call __cublas$gemm", "", 1, 512, 64 + 64, 2 * 4 * 4 * 16, wide=True
+    )
     assert found["copyturned"] == Kernel("copy", "turned", 1, 256, 256, 0)
     # Conditions of loops are kernels, too.
     assert sum(one.operation == "compare" for one in kernels(TEXT)) == 2
@@ -104,3 +108,4 @@ def test_the_longer_of_moving_and_multiplying_counts():
     kernel = Kernel("fusion", "", 3, 60.0, 40.0, 1000.0)
     assert kernel.seconds(flops=100.0, bandwidth=50.0) == 3 * 10
     assert kernel.seconds(flops=1000.0, bandwidth=50.0) == 3 * 2
+    assert replace(kernel, wide=True).seconds(flops=100.0, bandwidth=50.0) == 3 * 20
