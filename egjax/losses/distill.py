@@ -73,9 +73,10 @@ def _sum(
 def _kl(logp: Array, logq: Array) -> Array:
     """`p (log p - log q)`, where a token with p = 0 adds nothing.
 
-    Nor to the gradient, as -inf comes from teachers alone, which are stopped.
+    Nor to the gradient, as -inf comes from teachers alone, which are stopped. NaN is not left out:
+    a broken teacher has to be seen.
     """
-    return jnp.where(logp > -jnp.inf, jnp.exp(logp) * (logp - logq), 0.0)
+    return jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))
 
 
 def _mix(student: Array, teacher: Array, weight: float | Array) -> Array:
@@ -85,7 +86,7 @@ def _mix(student: Array, teacher: Array, weight: float | Array) -> Array:
 
 def reverse_kl_terms(student: Array, teacher: Array, *, floor: float | Array = -20.0) -> Array:
     """Terms of `reverse_kl`; see `Terms`."""
-    return _kl(student, jnp.where(teacher > -jnp.inf, teacher, floor))
+    return _kl(student, jnp.where(teacher == -jnp.inf, floor, teacher))
 
 
 def forward_kl_terms(student: Array, teacher: Array) -> Array:

@@ -111,6 +111,17 @@ def test_left_out_tokens_give_no_nan(fn):
     assert bool(jnp.isfinite(grad).all())
 
 
+@divergence
+def test_a_broken_teacher_or_student_is_not_left_out(fn):
+    student, teacher = pair(3)
+    broken = teacher.at[1, 4].set(jnp.nan)
+    value, grad = jax.value_and_grad(lambda x: fn(x, broken)[1])(student)
+    assert bool(jnp.isnan(value))
+    assert bool(jnp.isnan(grad[1]).any())
+    assert bool(jnp.isfinite(fn(student, broken)[0]))
+    assert bool(jnp.isnan(fn(broken, teacher)[1]))
+
+
 def test_reverse_kl_moves_mass_into_the_plausible_set():
     teacher = jax.nn.log_softmax(jnp.array([0.0, 0.0, -jnp.inf]))
     student = jnp.zeros(3)
