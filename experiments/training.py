@@ -27,7 +27,7 @@ from egjax.mesh import batch_sharding, make_mesh, place
 from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
 from egjax.train.flops import peak_flops, step_work
-from egjax.train.layout import Layout, cast, masters, placed_step
+from egjax.train.layout import SAME_RESULT, Layout, cast, masters, placed_step
 from egjax.train.loop import fit
 from egjax.train.optim import SCHEDULES, OptimConfig, make_optimizer
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
@@ -71,7 +71,7 @@ class Training:
     """Tokens a row."""
     learning_rate: float
     """Peak of the learning rate."""
-    save_every: int = 100
+    save_every: int = field(default=100, metadata=SAME_RESULT)
     """At most this many steps are lost, however the process ends; half as many lie between two
     checkpoints."""
     layout: Layout = field(default_factory=Layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -234,6 +235,34 @@ def test_models_that_do_not_fit_are_told_before_any_work(home, tmp_path, tokeniz
     with pytest.raises(EgjaxError, match=r"nowhere: there is no model"):
         own.Start.at(tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_models_are_told_apart_by_content_alone(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "_PIECE", 512)
+    monkeypatch.setattr(own, "_BLOCK", 32)
+    before = own.Start.at(home / "large").fingerprint
+    copy = shutil.copytree(home / "large", tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    os.utime(weights, (0, 0))
+    (copy / "README.md").write_text("mine")
+    assert own.Start.at(copy).fingerprint == before
+    tensors = load_file(weights)
+    for name in tensors:  # one by one, wherever they lie in the file
+        save_file(tensors | {name: tensors[name] + 1}, weights)
+        assert own.Start.at(copy).fingerprint != before or tensors[name].nbytes < 512
+    save_file(tensors, weights)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert own.Start.at(copy).fingerprint != before
+
+
+def test_moved_files_are_the_same_inputs(home, tmp_path):
+    options = {"run": tmp_path / "run", "training": SHORT}
+    sft.own_stage(sft.Config(data=home / "sft.jsonl", model=home / "large", **options))
+    shutil.copytree(home / "large", tmp_path / "model")
+    shutil.copyfile(home / "sft.jsonl", tmp_path / "sft.jsonl")
+    options["training"] = replace(SHORT, save_every=1, layout=Layout(remat="full"))
+    moved = sft.Config(data=tmp_path / "sft.jsonl", model=tmp_path / "model", **options)
+    assert sft.own_stage(moved).kept
 
 
 def cut(folder):
