@@ -20,8 +20,9 @@ __all__ = ["ChatTemplate", "Message"]
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 
-Message = Mapping[str, str]
-"""`role` (system, user, assistant, ...) and `content`."""
+Message = Mapping[str, Any]
+"""`role` (system, user, assistant, tool, ...) and `content`; in place of it, or beside it,
+`tool_calls`."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,31 @@ class ChatTemplate:
         """SHA-256; equal for templates that write alike."""
         return hashlib.sha256(repr((self.source, self.special)).encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        ask: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of messages.
 
         Args:
             messages: in order.
             ask: end with what comes before an assistant's answer.
+            tools: JSON schemas of what the assistant may call.
 
         Raises:
-            EgjaxError: the template refuses the messages or is broken.
+            EgjaxError: the template refuses the messages, has no place for tools or their calls, or
+                is broken.
         """
+        called = any(message.get("tool_calls") for message in messages)
+        for name, there in (("tools", tools), ("tool_calls", called)):
+            if there and name not in (self.source or ""):
+                raise EgjaxError(
+                    f"the chat template does not write {name}",
+                    remedy=f"give a chat_template that does, or leave {name} out",
+                )
         if self.source is None:
             lines = [f"{message['role']}: {message['content']}\n" for message in messages]
             return "".join(lines) + ("assistant:" if ask else "")
@@ -91,7 +107,7 @@ class ChatTemplate:
         try:
             return compiled.render(
                 messages=list(messages),
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=ask,
                 **dict(self.special),
