@@ -26,9 +26,11 @@ from egjax.files import here
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import check_vocabularies
-from egjax.lm.template import ChatTemplate
+from egjax.lm.template import FILE as TEMPLATE
+from egjax.lm.template import ChatTemplate, plain_source
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import read_metadata
+from egjax.train.jsonl import has_messages
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
 from experiments.models import Model
 from experiments.models import load as load_run_model
@@ -53,7 +55,7 @@ _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "generation_config.json",
 )
 
@@ -133,6 +135,12 @@ class Start:
                 shutil.copyfile(path, folder / path.name)
             hf.save(folder, model.config, params)
         hosts.barrier(f"the model in {folder}")
+
+    def write_template(self, folder: Path) -> None:
+        """Writes the plain format as a chat template, so that other programs ask as was trained."""
+        ids = self.config.bos_id, next(iter(self.config.eos_ids), None)
+        marks = ["" if i is None else self.tokenizer.token(i) for i in ids]
+        (folder / TEMPLATE).write_text(plain_source(*marks), encoding="utf-8")
 
     def _beside(self) -> list[Path]:
         return [self.words / name for name in _BESIDE if (self.words / name).is_file()]
@@ -298,7 +306,21 @@ def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Don
         "data": file_fingerprint(config.data),
         "models": {model: start.fingerprint for model, start in starts.items()},
     }
+    start = next(iter(starts.values()))  # the one that learns
+    plain = start.template.source is None and has_messages(config.data)
+    if plain:
+        note(
+            f"{start.words}: no chat template; a message is a line `role: content`, "
+            f"and the trained model gets a {TEMPLATE} that says so"
+        )
+
+    def work_and_template(out: Path) -> None:
+        work(out)
+        if plain and hosts.index() == 0:
+            start.write_template(out / MODEL)
+
     with open_run(config.run):
-        done = Stage(config.run, f"seed{config.seed}/own_{name}", inputs, by="all").run(work)
+        whole = Stage(config.run, f"seed{config.seed}/own_{name}", inputs, by="all")
+        done = whole.run(work_and_template)
     note(f"the model is in {done.path / MODEL}; transformers and --model take it")
     return done

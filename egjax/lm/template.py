@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,17 @@ from typing import Any
 
 from egjax.errors import EgjaxError, require
 
-__all__ = ["ChatTemplate", "Message"]
+__all__ = ["ChatTemplate", "Message", "plain_source"]
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+
+# The plain default as Jinja source, around the texts that start and end a conversation.
+_PLAIN = (
+    "{{ ",
+    " }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% else %}{{ ",
+    " }}{% endif %}",
+)
 
 Message = Mapping[str, Any]
 """`role` (system, user, assistant, tool, ...) and `content`; in place of it, or beside it,
@@ -62,6 +71,8 @@ class ChatTemplate:
             source = named["default"]
         if (folder / FILE).is_file():
             source = (folder / FILE).read_text(encoding="utf-8")
+        if source is not None and re.fullmatch('".*"'.join(map(re.escape, _PLAIN)), source):
+            source = None  # by `plain_source`
         special = {
             name: value.get("content") if isinstance(value, dict) else value
             for name, value in fields.items()
@@ -117,6 +128,18 @@ class ChatTemplate:
                 f"the chat template refuses it: {error}",
                 remedy="mend the messages or the model's chat_template",
             ) from error
+
+
+def plain_source(start: str, end: str) -> str:
+    """Jinja source that has other programs write what the plain default is trained on.
+
+    Args:
+        start: what starts a text, such as `"<bos>"`; may be empty.
+        end: what ends one.
+    """
+    first, middle, last = _PLAIN
+    marks = [json.dumps(mark, ensure_ascii=False) for mark in (start, end)]
+    return first + marks[0] + middle + marks[1] + last
 
 
 @functools.lru_cache(maxsize=8)

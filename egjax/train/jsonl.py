@@ -22,7 +22,7 @@ from egjax.lm.template import ChatTemplate, Message
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import Pair, Sample
 
-__all__ = ["read_pairs", "read_samples"]
+__all__ = ["has_messages", "read_pairs", "read_samples"]
 
 T = TypeVar("T")
 _SUPERVISED = "messages; prompt and completion; or text"
@@ -81,6 +81,13 @@ def read_pairs(
 ) -> list[Pair]:
     """Reads preference pairs; arguments and errors as in `read_samples`."""
     return _read(Path(path), lambda row: _pair(_preference(row, template), tokenizer, config))
+
+
+def has_messages(path: str | Path) -> bool:
+    """Whether a row of a file that can be read holds messages, which need a template."""
+    columns = ("messages", "prompt", "completion", "chosen", "rejected")
+    rows = (_row(line) for _, line in _lines(Path(path)))
+    return any(isinstance(row.get(name), list) for row in rows for name in columns)
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:

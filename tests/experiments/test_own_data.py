@@ -21,6 +21,7 @@ from egjax.lm import hf, lora, peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import forward
 from egjax.lm.params import init
+from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.layout import Layout
 from experiments import chat, distill, dpo, own, sft
@@ -130,6 +131,21 @@ def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
     words = transformers.AutoTokenizer.from_pretrained(done.path / "model")
     assert words("Walk to kitchen.")["input_ids"] == tokenizer.encode("Walk to kitchen.")
     assert words.chat_template == TEMPLATE
+
+
+def test_a_model_without_a_template_gets_the_one_that_it_was_trained_with(
+    home, tmp_path, tokenizer, capsys
+):
+    base = make(tmp_path / "base", tokenizer, 0, template=None)
+    config = sft.Config(
+        data=home / "sft.jsonl", model=base, run=tmp_path / "run", training=replace(SHORT, steps=1)
+    )
+    out = sft.own_stage(config).path / "model"
+    assert "base: no chat template; a message is a line `role: content`" in capsys.readouterr().err
+    assert own.Start.at(out).template == own.Start.at(base).template
+    source = (out / "chat_template.jinja").read_text()
+    asked = ChatTemplate(source).render([{"role": "user", "content": "Go"}], ask=True)
+    assert asked == "<bos>user: Go\nassistant:"
 
 
 def test_an_adapter_is_trained_in_place_of_the_weights(home, tmp_path):

@@ -9,7 +9,7 @@ from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.jsonl import read_pairs, read_samples
+from egjax.train.jsonl import has_messages, read_pairs, read_samples
 
 PLAIN = ChatTemplate()
 MARKED = ChatTemplate(
@@ -154,6 +154,13 @@ SAME = (
 def test_pairs(tmp_path, tokenizer, config, row, template, want):
     (pair,) = read_pairs(write(tmp_path / "x.jsonl", row), tokenizer, template, config)
     assert tuple(map(Spell(tokenizer), pair)) == want
+
+
+def test_files_with_messages(tmp_path):
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": []}
+    assert not has_messages(write(tmp_path / "x.jsonl", texts, {"text": "a"}))
+    for row in ({"messages": [ASK]}, {"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}):
+        assert has_messages(write(tmp_path / "x.jsonl", texts, row))
 
 
 FINE = {"text": "a", "prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
