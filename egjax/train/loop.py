@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egjax import hosts
-from egjax.errors import NotFiniteError, require
+from egjax.errors import EgjaxError, NotFiniteError, require
 from egjax.files import absolute, append
 from egjax.train.checkpoint import check_shapes, unreadable, writing
 from egjax.train.progress import progress
@@ -244,15 +244,22 @@ class _Store:
                 ),
             )
         except Exception as error:  # Orbax and its storage raise all sorts for a damaged folder
-            raise unreadable(self._directory, error) from error
+            raise self._unreadable(latest, error) from error
         check_shapes(restored[_STATE], like, self._directory)
         try:
             note = restored[_DATA]
             batches.set_state(note["batches"])
             data = jnp.asarray(note["key"], jnp.uint32)
         except (KeyError, TypeError) as error:
-            raise unreadable(self._directory, error) from error
+            raise self._unreadable(latest, error) from error
         return restored[_STATE], jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+    def _unreadable(self, step: int, error: Exception) -> EgjaxError:
+        """Names the step that is damaged, and where the run goes on without it."""
+        older = [other for other in self._manager.all_steps() if other < step]
+        then = f"goes on from step {max(older)}" if older else "begins anew"
+        folder = self._directory / "checkpoints" / str(step)
+        return unreadable(folder, error, f"delete this folder alone: then the run {then}")
 
     def _trim_metrics(self, latest: int) -> None:
         """Drops the lines of steps that will be run again."""

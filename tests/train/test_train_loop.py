@@ -119,6 +119,19 @@ def test_damaged_or_foreign_checkpoints_are_told(tmp_path):
         fit(other, STEP, batches(), num_steps=4, key=jax.random.key(0), directory=tmp_path / "b")
 
 
+def test_without_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(tmp_path, whole):
+    run(tmp_path, num_steps=6, save_every=6)
+    folder = tmp_path / "checkpoints"
+    for file in (folder / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0")
+    said = rf"{folder}/6: .*delete this folder alone: then the run goes on from step 3\)"
+    with pytest.raises(EgjaxError, match=said):
+        run(tmp_path)
+    shutil.rmtree(folder / "6")
+    same(run(tmp_path).state, whole.state)
+
+
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(
     tmp_path, whole, log_every
