@@ -46,7 +46,7 @@ from egjax.files import (
     sizes,
 )
 from egjax.train.signals import StopFlag
-from egjax.train.writers import WRITERS
+from egjax.train.writers import WRITERS, check_writers
 from experiments.lease import BusyError, leased, watched
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "file_fingerprint",
     "fingerprint",
     "finished",
+    "inputs_of",
     "note",
     "open_run",
     "run_main",
@@ -154,6 +155,7 @@ def run_main(
         plain = {} if default is None else {"default": default(argv)}
         options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
+        check_writers(getattr(options, "log_to", ()))
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
         with _profile(folder), _costs(os.environ.get("EGJAX_COSTS")):
@@ -866,6 +868,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+
+
+def inputs_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What a stage at work in a folder is made from: its fingerprint, and its inputs as JSON;
+    empty where no stage is."""
+    record = _read_json(folder / _RECORD)
+    return record.get("fingerprint", ""), record.get("inputs", {})
 
 
 def finished(run_dir: Path, name: str, *, made_by: str) -> Done:

@@ -18,7 +18,7 @@ from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.train.layout import Layout
 from experiments import common
-from experiments.training import Training
+from experiments.training import LogTo, Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,6 +141,20 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, capsys, error, words
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_a_library_that_is_wanted_and_missing_is_told_before_any_work(monkeypatch, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """A test's config."""
+
+        log_to: LogTo = ("wandb",)
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as left:
+        common.run_main(lambda config: pytest.fail("worked"), Config, [])
+    assert left.value.code == 2
+    assert "error: wandb is needed here; install it with" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_seen_under_another_error(tmp_path, capsys):
