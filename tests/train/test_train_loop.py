@@ -99,6 +99,21 @@ def test_half_written_checkpoint_is_not_taken(tmp_path, whole):
     same(run(tmp_path).state, whole.state)
 
 
+def test_intervals_of_no_step_are_told(tmp_path):
+    for name in ("save_every", "log_every"):
+        with pytest.raises(EgjaxError, match=f"{name} = 0 is less than 1"):
+            fit(
+                init_state(init(), TX),
+                STEP,
+                batches(),
+                num_steps=2,
+                key=jax.random.key(0),
+                directory=tmp_path,
+                **{name: 0},
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_run_is_left_as_it_is(tmp_path, whole):
     run(tmp_path)
     again = run(tmp_path, on_log=lambda *_: pytest.fail("a step was run"))
