@@ -96,6 +96,8 @@ def forward_kl_terms(student: Array, teacher: Array) -> Array:
 
 def generalised_jsd_terms(student: Array, teacher: Array, *, beta: float = 0.5) -> Array:
     """Terms of `generalised_jsd`; see `Terms`."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta = {beta} is not between 0 and 1")
     if beta == 0:
         return forward_kl_terms(student, teacher)
     if beta == 1:
@@ -187,6 +189,9 @@ def generalised_jsd(
 
     Returns:
         float32[...], nats per token; at most log 2 for 0 < β < 1.
+
+    Raises:
+        ValueError: β is out of its range.
     """
     terms = partial(generalised_jsd_terms, beta=beta)
     return _sum(terms, student, teacher, temperature, vocab_mask)

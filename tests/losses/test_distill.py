@@ -179,6 +179,12 @@ def test_jsd_slopes_at_its_ends_are_the_two_kls():
     np.testing.assert_allclose(high, losses.reverse_kl(student, teacher), rtol=2e-2)
 
 
+@pytest.mark.parametrize("beta", [1.5, -0.5, float("nan")])
+def test_jsd_refuses_weights_that_are_none(beta):
+    with pytest.raises(ValueError, match="is not between 0 and 1"):
+        losses.generalised_jsd(*pair(), beta=beta)
+
+
 def test_jsd_is_symmetric_at_one_half_and_bounded():
     student, teacher = pair(7, (5, 8), 30.0)
     forth = losses.generalised_jsd(student, teacher)
