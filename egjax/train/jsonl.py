@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.template import ChatTemplate, Message
@@ -41,6 +43,10 @@ class _Passage(NamedTuple):
     text: str
     learnt: tuple[tuple[int, int], ...]
     template: ChatTemplate | None = None
+
+
+class _SameError(EgjaxError):
+    """A pair whose answers are the same."""
 
 
 class _Preference(NamedTuple):
@@ -79,7 +85,10 @@ def read_samples(
 def read_pairs(
     path: str | Path, tokenizer: Tokenizer, template: ChatTemplate, config: LlamaConfig
 ) -> list[Pair]:
-    """Reads preference pairs; arguments and errors as in `read_samples`."""
+    """Reads preference pairs; arguments and errors as in `read_samples`.
+
+    Pairs whose answers are the same say nothing; they are left out, and counted on standard error.
+    """
     return _read(Path(path), lambda row: _pair(_preference(row, template), tokenizer, config))
 
 
@@ -91,17 +100,26 @@ def has_messages(path: str | Path) -> bool:
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    found = []
+    found, same = [], []
     for number, line in _lines(path):
+        where = f"{path}:{number}"
         try:
             found.append(parse(_row(line)))
         except EgjaxError as error:
-            raise EgjaxError(error.what, where=f"{path}:{number}", remedy=error.remedy) from error
+            told = EgjaxError(error.what, where=where, remedy=error.remedy)
+            if not isinstance(error, _SameError):
+                raise told from error
+            same.append(told)
         except UnicodeEncodeError as error:  # JSON can write half a character, UTF-8 cannot
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise EgjaxError(
-                f"{half} alone is no character", where=f"{path}:{number}", remedy="mend the text"
+                f"{half} alone is no character", where=where, remedy="mend the text"
             ) from error
+    if same and not found:
+        raise same[0]
+    if same and hosts.index() == 0:
+        count = f"{len(same)} of {len(same) + len(found)} pairs have two answers that are the same"
+        print(f"{same[0].where}: {count}: left out", file=sys.stderr)
     if not found:
         raise EgjaxError("has no line", where=str(path), remedy="give one JSON object a line")
     return found
@@ -276,7 +294,7 @@ def _differing(
     prompt: str, chosen: str, rejected: str, template: ChatTemplate | None = None
 ) -> _Preference:
     if chosen == rejected:
-        raise EgjaxError("chosen and rejected are the same", remedy="leave the line out")
+        raise _SameError("chosen and rejected are the same", remedy="leave the line out")
     return _Preference(prompt, chosen, rejected, template)
 
 

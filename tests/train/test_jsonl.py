@@ -156,6 +156,15 @@ def test_pairs(tmp_path, tokenizer, config, row, template, want):
     assert tuple(map(Spell(tokenizer), pair)) == want
 
 
+def test_pairs_without_a_difference_are_left_out_and_counted(tmp_path, tokenizer, config, capsys):
+    fine = {"prompt": "Q", "chosen": " a", "rejected": " b"}
+    same = {"prompt": [ASK], "chosen": [GOOD], "rejected": [GOOD]}
+    path = write(tmp_path / "x.jsonl", fine, same, fine | {"rejected": " a"}, fine)
+    assert len(read_pairs(path, tokenizer, MARKED, config)) == 2
+    said = "x.jsonl:3: 2 of 4 pairs have two answers that are the same: left out\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_files_with_messages(tmp_path):
     texts = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": []}
     assert not has_messages(write(tmp_path / "x.jsonl", texts, {"text": "a"}))
