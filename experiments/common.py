@@ -364,6 +364,8 @@ def _one_line(error: BaseException) -> str | None:
             f"{full or 'the disk'}: no space left "
             "(make room and give the same command: finished stages are kept)"
         )
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename or 'the folder'}: the file system is read-only"
     if (
         isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
         and error.filename

@@ -133,6 +133,7 @@ def fail(error):
         (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "no space left"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), "x.json"),
         (ImportError("mctx is needed here; pip install 'egjax[search]'"), "egjax[search]"),
+        (OSError(errno.EROFS, "Read-only file system", "run"), "run: the file system is read-only"),
         (FSTimeoutError(), "the bucket does not take or give it: FSTimeoutError (once it does"),
     ],
 )
