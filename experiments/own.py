@@ -307,7 +307,8 @@ def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Don
         "models": {model: start.fingerprint for model, start in starts.items()},
     }
     start = next(iter(starts.values()))  # the one that learns
-    plain = start.template.source is None and has_messages(config.data)
+    told = (start.words / TEMPLATE).is_file()  # by the training before this one
+    plain = start.template.source is None and not told and has_messages(config.data)
     if plain:
         note(
             f"{start.words}: no chat template; a message is a line `role: content`, "
