@@ -46,6 +46,7 @@ from egjax.files import (
     sizes,
 )
 from egjax.train.signals import StopFlag
+from egjax.train.writers import WRITERS, check_writers
 from experiments.lease import BusyError, leased, watched
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "file_fingerprint",
     "fingerprint",
     "finished",
+    "inputs_of",
     "note",
     "open_run",
     "run_main",
@@ -153,6 +155,7 @@ def run_main(
         plain = {} if default is None else {"default": default(argv)}
         options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
+        check_writers(getattr(options, "log_to", ()))
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
         with _profile(folder), _costs(os.environ.get("EGJAX_COSTS")):
@@ -361,6 +364,8 @@ def _one_line(error: BaseException) -> str | None:
             f"{full or 'the disk'}: no space left "
             "(make room and give the same command: finished stages are kept)"
         )
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename or 'the folder'}: the file system is read-only"
     if (
         isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
         and error.filename
@@ -475,9 +480,13 @@ def _umask() -> int:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON form of a config, the same for equal values."""
+    """A JSON form of a config, the same for equal values, and for those that differ in nothing but
+    fields that leave the result as it is (`SAME_RESULT`): these count as they are by default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: _plain(f.default if f.metadata.get("same_result") else getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
         return {"type": type(value).__qualname__, **fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(value[key]) for key in sorted(value, key=str)}
@@ -492,6 +501,21 @@ def _plain(value: Any) -> Any:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"cannot take the fingerprint of a {type(value).__name__}: {value!r}")
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs between two forms that `_plain` gave, each in a few words."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        long = any(len(str(value)) > 40 for value in (old, new))  # fingerprints above all
+        yield f"{name} is another" if long else f"{name} was {old}, is {new}"
+
+
+def _told(changes: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(changes[:most]) + more
 
 
 def fingerprint(value: Any) -> str:
@@ -648,12 +672,16 @@ class Stage:
 
         Work is done in `unfinished`, which becomes `path` at the end; so outputs of other inputs
         stay whole until new ones replace them. An interrupted attempt on the same inputs leaves
-        its files there for `work` to go on from; one on other inputs is deleted. Outputs that
-        vanished or changed their size since also mean that the stage is done again.
+        its files there for `work` to go on from; one on other inputs is deleted, unless it holds
+        checkpoints. Outputs that vanished or changed their size since also mean that the stage is
+        done again; checkpoints, logs for other programs and files that were added do not count.
 
         Args:
             work: writes the outputs into the directory it is given; what it leaves in the folder
                 `PARTS` there is deleted at the end.
+
+        Raises:
+            EgjaxError: an interrupted attempt on other inputs left checkpoints; says what changed.
         """
         name = self.fingerprint
         alone = self.by == "self"
@@ -690,17 +718,39 @@ class Stage:
             seconds = _read_json(self.path / _RECORD)["seconds"]
             note(f"{self.name}: kept from an earlier run ({seconds:.1f} s)")
             return True, seconds
+        self._tell_why(name)
         before = self._attempt(name)
         note(f"{self.name}: goes on after {before:.1f} s" if before else f"{self.name}: starts")
         record = {"fingerprint": name, "inputs": _plain(self.inputs), "seconds": before}
         self._mark(record)
         return False, before
 
+    def _tell_why(self, name: str) -> None:
+        """Says why a stage that was finished is done again."""
+        record = _read_json(self.path / _RECORD)
+        if "finished" not in record:
+            return
+        if record.get("fingerprint") == name:
+            changes = [f"{file} is gone or changed" for file in _missing(record, self.path)]
+        else:
+            changes = list(_changes(record.get("inputs", {}), _plain(self.inputs)))
+        note(f"{self.name}: is done again, then replaced: {_told(changes)}")
+
     def _attempt(self, name: str) -> float:
         """Makes `unfinished` ready; seconds that went into what is found there."""
         record = _read_json(self.unfinished / _RECORD)
-        if record.get("fingerprint") == name and "finished" not in record:
+        same = record.get("fingerprint") == name
+        if same and "finished" not in record:
             return float(record["seconds"])
+        if not same and self.unfinished.is_dir():
+            changes = _told([*_changes(record.get("inputs", {}), _plain(self.inputs))])
+            if _trained(self.unfinished):
+                raise EgjaxError(
+                    f"holds checkpoints of other inputs: {changes}",
+                    where=str(self.unfinished),
+                    remedy="give those again, name another --run, or delete this folder",
+                )
+            note(f"{self.name}: an unfinished attempt is deleted: {changes}")
         delete(self.unfinished)
         make_folder(self.unfinished)
         return 0.0
@@ -710,7 +760,7 @@ class Stage:
         return (
             record.get("fingerprint") == name
             and "finished" in record
-            and record["outputs"] == _sizes(path)
+            and not _missing(record, path)
         )
 
     def _publish(self) -> None:
@@ -790,8 +840,28 @@ def divided(
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes of each file of a stage, its record apart."""
-    return {name: size for name, size in sizes(path).items() if Path(name).name != _RECORD}
+    """Bytes of each output of a stage."""
+    return {name: size for name, size in sizes(path).items() if _is_output(name)}
+
+
+def _is_output(name: str) -> bool:
+    """Neither the stage's record nor what `egjax.train` needs or writes on the way."""
+    parts = PurePath(name).parts
+    return parts[-1] != _RECORD and parts[0] not in ("checkpoints", *WRITERS)
+
+
+def _missing(record: Mapping[str, Any], path: Path) -> list[str]:
+    """Outputs of a finished stage that are gone or of another size."""
+    found = sizes(path)
+    outputs = record["outputs"].items()
+    return [name for name, size in outputs if _is_output(name) and found.get(name) != size]
+
+
+def _trained(path: Path) -> bool:
+    """Whether there are checkpoints of a step after the first state."""
+    folder = path / "checkpoints"
+    steps = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return any(name.isdecimal() and int(name) for name in steps)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -800,6 +870,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+
+
+def inputs_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What a stage at work in a folder is made from: its fingerprint, and its inputs as JSON;
+    empty where no stage is."""
+    record = _read_json(folder / _RECORD)
+    return record.get("fingerprint", ""), record.get("inputs", {})
 
 
 def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
@@ -815,7 +892,7 @@ def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
     """
     record = _read_json(run_dir / name / _RECORD)
     scripts = (f"experiments.{made_by}", "experiments.pipeline")
-    if "finished" not in record or record["outputs"] != _sizes(run_dir / name):
+    if "finished" not in record or _missing(record, run_dir / name):
         raise EgjaxError(
             f"no finished stage {name!r}",
             where=str(run_dir),

@@ -8,7 +8,9 @@ such a folder again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ from egjax.files import here
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import check_vocabularies
-from egjax.lm.template import ChatTemplate
+from egjax.lm.template import FILE as TEMPLATE
+from egjax.lm.template import ChatTemplate, plain_source
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import read_metadata
+from egjax.train.jsonl import has_messages
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
 from experiments.models import Model
 from experiments.models import load as load_run_model
@@ -45,12 +49,13 @@ __all__ = [
 
 T = TypeVar("T")
 _CONFIG = "config.json"
+_PIECE, _BLOCK = 2**20, 2**12  # bytes, see `_digest`
 # Written by transformers beside the weights; read as data, copied to what is trained.
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "generation_config.json",
 )
 
@@ -99,11 +104,12 @@ class Start:
 
     @property
     def fingerprint(self) -> str:
-        """Names its files: small ones by content, weights by name, size and time."""
+        """Names what it is read from by content, wherever it lies; see `_digest`."""
         small = [p for p in (self.folder / _CONFIG, *self._beside()) if p.is_file()]
-        files = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
-        sizes = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return fingerprint([file_fingerprint(*small), sizes])
+        pattern = "*.safetensors*" if (self.folder / _CONFIG).is_file() else "**/*"
+        weights = [p for p in sorted(self.folder.glob(pattern)) if p.is_file()]
+        named = {str(path.relative_to(self.folder)): _digest(path) for path in weights}
+        return fingerprint([file_fingerprint(*small), named])
 
     @property
     def vocab_mask(self) -> jax.Array | None:
@@ -130,8 +136,29 @@ class Start:
             hf.save(folder, model.config, params)
         hosts.barrier(f"the model in {folder}")
 
+    def write_template(self, folder: Path) -> None:
+        """Writes the plain format as a chat template, so that other programs ask as was trained."""
+        ids = self.config.bos_id, next(iter(self.config.eos_ids), None)
+        marks = ["" if i is None else self.tokenizer.token(i) for i in ids]
+        (folder / TEMPLATE).write_text(plain_source(*marks), encoding="utf-8")
+
     def _beside(self) -> list[Path]:
         return [self.words / name for name in _BESIDE if (self.words / name).is_file()]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's size and content.
+
+    Of each mebibyte after the first, which holds the names and shapes of safetensors, the first
+    4 KiB: of 16 GB some 60 MB are read, and training changes nearly every number of a matrix.
+    """
+    digest = hashlib.sha256(f"{path.stat().st_size}\n".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_PIECE))
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            file.seek(_PIECE - _BLOCK, os.SEEK_CUR)
+    return digest.hexdigest()
 
 
 def model_folder(folder: Path) -> Path:
@@ -266,20 +293,35 @@ def fitting(
 
 
 def stage(config: Any, name: str, starts: Mapping[str, Start], work: Any) -> Done:
-    """Runs a stage on one's own data; its inputs are the options, the data and the models."""
+    """Runs a stage on one's own data; its inputs are the options, and by content, so that they may
+    be moved or copied, the data and the models."""
     here(config.run, "--data: --run")  # a Hugging Face folder is written there, file by file
-    skip = {"run", "json", "log_to"}
     options = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in skip
+        name: value
+        for name, value in vars(config).items()
+        if name not in ("json", "log_to") and not isinstance(value, Path)
     }
     inputs = {
         "options": options,
         "data": file_fingerprint(config.data),
         "models": {model: start.fingerprint for model, start in starts.items()},
     }
+    start = next(iter(starts.values()))  # the one that learns
+    told = (start.words / TEMPLATE).is_file()  # by the training before this one
+    plain = start.template.source is None and not told and has_messages(config.data)
+    if plain:
+        note(
+            f"{start.words}: no chat template; a message is a line `role: content`, "
+            f"and the trained model gets a {TEMPLATE} that says so"
+        )
+
+    def work_and_template(out: Path) -> None:
+        work(out)
+        if plain and hosts.index() == 0:
+            start.write_template(out / MODEL)
+
     with open_run(config.run):
-        done = Stage(config.run, f"seed{config.seed}/own_{name}", inputs, by="all").run(work)
+        whole = Stage(config.run, f"seed{config.seed}/own_{name}", inputs, by="all")
+        done = whole.run(work_and_template)
     note(f"the model is in {done.path / MODEL}; transformers and --model take it")
     return done

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,12 @@ from egjax.mesh import batch_sharding, make_mesh, place
 from egjax.train.adapters import FrozenBase, adapted
 from egjax.train.data import Shuffled
 from egjax.train.flops import peak_flops, step_work
-from egjax.train.layout import Layout, cast, masters, placed_step
+from egjax.train.layout import SAME_RESULT, Layout, cast, masters, placed_step
 from egjax.train.loop import fit
 from egjax.train.optim import SCHEDULES, OptimConfig, make_optimizer
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
 from egjax.train.writers import writers
-from experiments.common import Done, save_then_stop
+from experiments.common import Done, inputs_of, note, save_then_stop
 from experiments.models import Model, save
 
 __all__ = [
@@ -71,7 +71,7 @@ class Training:
     """Tokens a row."""
     learning_rate: float
     """Peak of the learning rate."""
-    save_every: int = 100
+    save_every: int = field(default=100, metadata=SAME_RESULT)
     """At most this many steps are lost, however the process ends; half as many lie between two
     checkpoints."""
     layout: Layout = field(default_factory=Layout)
@@ -139,6 +139,8 @@ def train(
         schedule=SCHEDULES[config.schedule],
     )
     mesh = mesh_for(config)
+    if hosts.index() == 0:
+        _tell_mesh(mesh, config, title)
     layout = replace(config.layout, master=config.layout.master or "float32")
     model.config.check_length(config.length, where="rows of training data")
     base = placed(model, mesh)
@@ -158,7 +160,12 @@ def train(
             batch_sharding=batch_sharding(mesh),
         )
         state, frozen = init_state(adapter, tx, places), FrozenBase(base, frozen)
-    with save_then_stop() as asked, writers(log_to, out, title) as on_log:
+    made_from, inputs = inputs_of(out)
+    shown = {"training": asdict(config), "seed": seed, "inputs": inputs}
+    with (
+        save_then_stop() as asked,
+        writers(log_to, out, title, inputs=made_from, config=shown) as on_log,
+    ):
         stop = hosts.Agreed(asked, str(out))
         result = fit(
             state,
@@ -208,6 +215,21 @@ def mesh_for(config: Training) -> Mesh:
         for device in [d for d in jax.devices() if d.process_index == process][:each]
     ]
     return make_mesh(model=layout.model, devices=chosen)
+
+
+def _tell_mesh(mesh: Mesh, config: Training, title: str) -> None:
+    """Says which devices are at work, and what would have the others work, too."""
+    count, layout = jax.device_count(), config.layout
+    rows, columns = mesh.shape["data"], mesh.shape["model"]
+    note(f"{title}: {mesh.size} of {count} devices, data {rows} x model {columns}")
+    if mesh.size == count:
+        return
+    if count % columns:
+        mend = f"let --training.layout.model divide {count}"
+    else:
+        whole = count // columns * layout.accumulate
+        mend = f"let --training.batch be a multiple of {whole}; it is {config.batch}"
+    note(f"{title}: warning: {count - mesh.size} devices are idle: {mend}")
 
 
 def placed(model: Model, mesh: Mesh) -> Any:

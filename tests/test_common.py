@@ -16,7 +16,9 @@ from fsspec.exceptions import FSTimeoutError
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.train.layout import Layout
 from experiments import common
+from experiments.training import LogTo, Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,6 +133,7 @@ def fail(error):
         (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "no space left"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), "x.json"),
         (ImportError("mctx is needed here; pip install 'egjax[search]'"), "egjax[search]"),
+        (OSError(errno.EROFS, "Read-only file system", "run"), "run: the file system is read-only"),
         (FSTimeoutError(), "the bucket does not take or give it: FSTimeoutError (once it does"),
     ],
 )
@@ -139,6 +142,20 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, capsys, error, words
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_a_library_that_is_wanted_and_missing_is_told_before_any_work(monkeypatch, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """A test's config."""
+
+        log_to: LogTo = ("wandb",)
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as left:
+        common.run_main(lambda config: pytest.fail("worked"), Config, [])
+    assert left.value.code == 2
+    assert "error: wandb is needed here; install it with" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_seen_under_another_error(tmp_path, capsys):
@@ -372,6 +389,16 @@ def test_fingerprints_follow_the_content():
     assert common.fingerprint(one) not in names
 
 
+def test_how_something_is_computed_is_no_part_of_what_it_is():
+    plain = Training(steps=3, batch=4, length=8, learning_rate=0.1)
+    layout = Layout(model=2, remat="full", chunked=True, accumulate=2, attention="exact")
+    other = dataclasses.replace(plain, save_every=7, layout=layout)
+    assert common.fingerprint(other) == common.fingerprint(plain)
+    for change in ({"steps": 4}, {"schedule": "wsd"}, {"layout": Layout(master="bfloat16")}):
+        changed = dataclasses.replace(plain, **change)
+        assert common.fingerprint(changed) != common.fingerprint(plain)
+
+
 def test_what_has_no_content_has_no_fingerprint():
     with pytest.raises(TypeError, match="object"):
         common.fingerprint({"x": object()})
@@ -426,6 +453,25 @@ def test_a_stage_whose_outputs_were_touched_is_done_again(tmp_path, damage):
     assert (done.path / "out.txt").read_text() == "x"
 
 
+def test_what_is_no_output_may_come_and_go(tmp_path, capsys):
+    def work(path):
+        for name in ("model/weights", "checkpoints/9/state", "tensorboard/events"):
+            (path / name).parent.mkdir(parents=True)
+            (path / name).write_text("x")
+
+    stage = common.Stage(tmp_path, "sft", {})
+    done = stage.run(work)
+    (done.path / "notes.txt").write_text("mine")
+    (done.path / "checkpoints" / "9" / "state").unlink()
+    (done.path / "tensorboard" / "events").write_text("longer")
+    assert stage.run(lambda path: pytest.fail("done again")).kept
+    assert (done.path / "notes.txt").exists()
+    assert common.finished(tmp_path, "sft", made_by="sft").kept
+    (done.path / "model" / "weights").unlink()
+    assert not stage.run(work).kept
+    assert "sft: is done again, then replaced: model/weights is gone" in capsys.readouterr().err
+
+
 def test_finished_finds_what_an_earlier_command_left(tmp_path):
     with pytest.raises(EgjaxError, match=r"experiments\.text"):
         common.finished(tmp_path, "text", made_by="text")
@@ -461,6 +507,33 @@ def test_an_attempt_is_continued_only_on_the_same_inputs(tmp_path):
         common.Stage(tmp_path, "sft", {"seed": seed}).run(rest)
         common.Stage(tmp_path, "sft", {"seed": 2}).run(Work())
     assert found == [["step1"], []]
+
+
+def test_checkpoints_of_other_inputs_are_not_deleted(tmp_path, capsys):
+    def stage(**changes):
+        training = Training(steps=3, batch=4, length=8, learning_rate=0.1)
+        inputs = {"training": dataclasses.replace(training, **changes), "data": "f" * 64}
+        return common.Stage(tmp_path, "sft", inputs)
+
+    def half(path):
+        (path / "checkpoints" / "2").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage().run(half)
+    words = (
+        r"sft\.unfinished: holds checkpoints of other inputs: training\.steps was 3, is 6 \(give"
+    )
+    with pytest.raises(EgjaxError, match=words):
+        stage(steps=6).run(Work())
+    other = common.Stage(tmp_path, "sft", stage().inputs | {"data": "e" * 64})
+    with pytest.raises(EgjaxError, match=r"other inputs: data is another \("):
+        other.run(Work())
+    assert (tmp_path / "sft.unfinished" / "checkpoints" / "2").is_dir()
+    stage(save_every=1).run(Work())
+    assert "sft: goes on" in capsys.readouterr().err
+    stage(steps=6).run(Work())
+    assert "sft: is done again, then replaced: training.steps was 3" in capsys.readouterr().err
 
 
 def test_time_of_an_interrupted_attempt_counts(tmp_path):

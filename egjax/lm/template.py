@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,21 @@ from typing import Any
 
 from egjax.errors import EgjaxError, require
 
-__all__ = ["ChatTemplate", "Message"]
+__all__ = ["ChatTemplate", "Message", "plain_source"]
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 
-Message = Mapping[str, str]
-"""`role` (system, user, assistant, ...) and `content`."""
+# The plain default as Jinja source, around the texts that start and end a conversation.
+_PLAIN = (
+    "{{ ",
+    " }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% else %}{{ ",
+    " }}{% endif %}",
+)
+
+Message = Mapping[str, Any]
+"""`role` (system, user, assistant, tool, ...) and `content`; in place of it, or beside it,
+`tool_calls`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class ChatTemplate:
             source = named["default"]
         if (folder / FILE).is_file():
             source = (folder / FILE).read_text(encoding="utf-8")
+        if source is not None and re.fullmatch('".*"'.join(map(re.escape, _PLAIN)), source):
+            source = None  # by `plain_source`
         special = {
             name: value.get("content") if isinstance(value, dict) else value
             for name, value in fields.items()
@@ -74,16 +86,31 @@ class ChatTemplate:
         """SHA-256; equal for templates that write alike."""
         return hashlib.sha256(repr((self.source, self.special)).encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        ask: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of messages.
 
         Args:
             messages: in order.
             ask: end with what comes before an assistant's answer.
+            tools: JSON schemas of what the assistant may call.
 
         Raises:
-            EgjaxError: the template refuses the messages or is broken.
+            EgjaxError: the template refuses the messages, has no place for tools or their calls, or
+                is broken.
         """
+        called = any(message.get("tool_calls") for message in messages)
+        for name, there in (("tools", tools), ("tool_calls", called)):
+            if there and name not in (self.source or ""):
+                raise EgjaxError(
+                    f"the chat template does not write {name}",
+                    remedy=f"give a chat_template that does, or leave {name} out",
+                )
         if self.source is None:
             lines = [f"{message['role']}: {message['content']}\n" for message in messages]
             return "".join(lines) + ("assistant:" if ask else "")
@@ -91,7 +118,7 @@ class ChatTemplate:
         try:
             return compiled.render(
                 messages=list(messages),
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=ask,
                 **dict(self.special),
@@ -101,6 +128,18 @@ class ChatTemplate:
                 f"the chat template refuses it: {error}",
                 remedy="mend the messages or the model's chat_template",
             ) from error
+
+
+def plain_source(start: str, end: str) -> str:
+    """Jinja source that has other programs write what the plain default is trained on.
+
+    Args:
+        start: what starts a text, such as `"<bos>"`; may be empty.
+        end: what ends one.
+    """
+    first, middle, last = _PLAIN
+    marks = [json.dumps(mark, ensure_ascii=False) for mark in (start, end)]
+    return first + marks[0] + middle + marks[1] + last
 
 
 @functools.lru_cache(maxsize=8)

@@ -73,9 +73,10 @@ def _sum(
 def _kl(logp: Array, logq: Array) -> Array:
     """`p (log p - log q)`, where a token with p = 0 adds nothing.
 
-    Nor to the gradient, as -inf comes from teachers alone, which are stopped.
+    Nor to the gradient, as -inf comes from teachers alone, which are stopped. NaN is not left out:
+    a broken teacher has to be seen.
     """
-    return jnp.where(logp > -jnp.inf, jnp.exp(logp) * (logp - logq), 0.0)
+    return jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))
 
 
 def _mix(student: Array, teacher: Array, weight: float | Array) -> Array:
@@ -85,7 +86,7 @@ def _mix(student: Array, teacher: Array, weight: float | Array) -> Array:
 
 def reverse_kl_terms(student: Array, teacher: Array, *, floor: float | Array = -20.0) -> Array:
     """Terms of `reverse_kl`; see `Terms`."""
-    return _kl(student, jnp.where(teacher > -jnp.inf, teacher, floor))
+    return _kl(student, jnp.where(teacher == -jnp.inf, floor, teacher))
 
 
 def forward_kl_terms(student: Array, teacher: Array) -> Array:
@@ -95,6 +96,8 @@ def forward_kl_terms(student: Array, teacher: Array) -> Array:
 
 def generalised_jsd_terms(student: Array, teacher: Array, *, beta: float = 0.5) -> Array:
     """Terms of `generalised_jsd`; see `Terms`."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta = {beta} is not between 0 and 1")
     if beta == 0:
         return forward_kl_terms(student, teacher)
     if beta == 1:
@@ -186,6 +189,9 @@ def generalised_jsd(
 
     Returns:
         float32[...], nats per token; at most log 2 for 0 < β < 1.
+
+    Raises:
+        ValueError: β is out of its range.
     """
     terms = partial(generalised_jsd_terms, beta=beta)
     return _sum(terms, student, teacher, temperature, vocab_mask)

@@ -163,7 +163,6 @@ def cdpo(
     return loss, _metrics(chosen, rejected, margin)
 
 
-@jax.jit
 def robust_dpo(
     chosen: Array,
     rejected: Array,
@@ -187,7 +186,24 @@ def robust_dpo(
 
     Returns:
         float32[...], which may be negative, and `Metrics`.
+
+    Raises:
+        ValueError: a number ε that is out of its range.
     """
+    if isinstance(noise, int | float) and not 0 <= noise < 0.5:
+        raise ValueError(f"noise = {noise} is not at least 0 and less than 0.5")
+    return _robust_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, noise)
+
+
+@jax.jit
+def _robust_dpo(
+    chosen: Array,
+    rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
+    beta: float | Array,
+    noise: float | Array,
+) -> tuple[Array, Metrics]:
     margin = beta * _difference(chosen, rejected, ref_chosen, ref_rejected)
     loss = -(1 - noise) * jax.nn.log_sigmoid(margin) + noise * jax.nn.log_sigmoid(-margin)
     return loss / (1 - 2 * noise), _metrics(chosen, rejected, margin)

@@ -40,14 +40,16 @@ def behaviour_ratio(
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        float32[..., V]; -inf for tokens that are not plausible or not in the vocabulary.
+        float32[..., V]; -inf for tokens that are not plausible, not in the vocabulary, or left out
+        by the large model (logits of -inf).
     """
     base = masked_log_softmax(large, vocab_mask)
     ratio = masked_log_softmax(expert, vocab_mask) - masked_log_softmax(anti_expert, vocab_mask)
     if clip is not None:
         ratio = jnp.clip(ratio, -clip, clip)
     scores = base + alpha * ratio
-    # The mask goes in before the normalisation: Z̄ is a sum over the tokens that stay.
+    # The masks go in before the normalisation: Z̄ is a sum over the tokens that stay.
+    scores = jnp.where(large == -jnp.inf, -jnp.inf, scores)
     if plausible is not None:
         threshold = base.max(-1, keepdims=True) + jnp.log(plausible)
         scores = jnp.where(base >= threshold, scores, -jnp.inf)

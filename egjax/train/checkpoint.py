@@ -166,9 +166,10 @@ def check_shapes(params: Any, like: Any, path: Path) -> None:
             )
 
 
-def unreadable(path: Path, error: Exception) -> EgjaxError:
+def unreadable(
+    path: Path, error: Exception, mend: str = "delete it and run that stage again"
+) -> EgjaxError:
     """What to tell of a checkpoint that cannot be read: the first line of the cause."""
-    mend = "delete it and run that stage again"
     return EgjaxError(
         f"the checkpoint cannot be read: {_first_line(error)}",
         where=str(path),

@@ -6,6 +6,7 @@ A table is a pytree of numpy arrays with one leading axis of rows (`TokenBatch`,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ Array = Any  # numpy on the host, jax.Array inside a step
 
 # Bins that stay open while packing. More than this wins less than 1 % of padding and is slower.
 _OPEN_BINS = 64
+# Lengths of rows of pairs are rounded up to one of these.
+_MULTIPLE = 16
+# Batches of pairs that are sorted by length together.
+_TOGETHER = 32
 
 
 class Sample(NamedTuple):
@@ -240,7 +245,7 @@ def pad_pairs(pairs: Sequence[Pair], length: int) -> PairBatch:
     return PairBatch(chosen, rejected, zeros, zeros.copy(), np.ones(len(pairs), np.bool_))
 
 
-def share_prompts(pairs: Sequence[Pair], *, multiple: int = 16) -> SharedPairBatch:
+def share_prompts(pairs: Sequence[Pair], *, multiple: int = _MULTIPLE) -> SharedPairBatch:
     """One row per pair, as long as the longest needs.
 
     Args:
@@ -306,11 +311,62 @@ def _rows(table: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], table)
 
 
+def _needs(table: SharedPairBatch) -> np.ndarray:
+    """int[n, 2]: of each row the positions taken, and the tokens of its longer completion."""
+    return np.stack([(table.segment_ids > 0).sum(1), table.target_mask.any(1).sum(1)], axis=1)
+
+
+def _shapes(
+    table: SharedPairBatch, needs: np.ndarray, order: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """int[k ≤ 4, 2]: shapes (T, C) for batches of the order of an epoch, ascending; the last one is
+    the table's."""
+    whole = np.array([table.tokens.shape[1], table.targets.shape[2]])
+    starts = range(0, len(order), batch_size)
+    longest = np.stack([needs[order[start : start + batch_size]].max(0) for start in starts])
+    some = np.quantile(longest, (0.3, 0.6, 0.9), axis=0, method="higher")
+    kept = [whole]
+    for shape in np.minimum(-(-some // _MULTIPLE) * _MULTIPLE, whole)[::-1]:
+        if shape.sum() <= 0.75 * kept[0].sum():  # each costs a compilation
+            kept.insert(0, shape)
+    return np.stack(kept)
+
+
+def _grouped(
+    order: np.ndarray, sizes: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """An order of rows in which those of a batch are alike in size, and batches are shuffled."""
+    parts = []
+    for start in range(0, len(order), _TOGETHER * batch_size):
+        part = order[start : start + _TOGETHER * batch_size]
+        part = part[np.argsort(sizes[part], kind="stable")]
+        whole = len(part) // batch_size * batch_size
+        batches = rng.permutation(part[:whole].reshape(-1, batch_size))
+        parts += [batches.reshape(-1), part[whole:]]
+    return np.concatenate(parts)
+
+
+def _cut(batch: SharedPairBatch, length: int, longest: int) -> SharedPairBatch:
+    """A batch without the padding beyond T and C."""
+    rows = ("tokens", "positions", "segment_ids", "prefix_ids")
+    sides = ("sources", "targets", "target_mask")
+    return dataclasses.replace(
+        batch,
+        **{name: getattr(batch, name)[:, :length] for name in rows},
+        **{name: getattr(batch, name)[:, :, :longest] for name in sides},
+    )
+
+
 class Shuffled:
     """Endless batches, every epoch in a new order that the seed determines.
 
     Batch n is a function of table, size, seed and n alone, so the state is one number. (Grain's
     loader gives the same, row by row; on tables in memory it took eight times as long.)
+
+    Pairs (`SharedPairBatch`) whose lengths differ are sorted by length within 32 batches at a time,
+    which come in a random order again, and batches are cut to one of up to four shapes: a long pair
+    pads its like and not all. The first batch has the largest shape: where memory does not suffice
+    it shows at once.
 
     Args:
         table: pytree of numpy arrays with one leading axis.
@@ -328,6 +384,13 @@ class Shuffled:
         self._mine = slice(None) if sharding is None else local_rows(sharding, batch_size)
         self._done = 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._needs = self._shapes = np.zeros((0, 2), np.int64)
+        if isinstance(table, SharedPairBatch):
+            self._needs = _needs(table)
+            self._shapes = _shapes(table, self._needs, self._permutation(0), batch_size)
+            if len(self._shapes) == 1:  # nothing to gain: the order is that of other tables
+                self._needs = self._needs[:0]
+            self._order = (-1, self._order[1])
 
     def __iter__(self) -> Shuffled:
         return self
@@ -340,8 +403,11 @@ class Shuffled:
         index = np.concatenate(
             [self._permutation(int(e))[within[epochs == e]] for e in np.unique(epochs)]
         )
-        self._done += 1
         local = _rows(self._table, index[self._mine])
+        if len(self._needs):
+            fits = (self._shapes >= self._needs[index].max(0)).all(1)
+            local = _cut(local, *self._shapes[int(fits.argmax()) if self._done else -1])
+        self._done += 1
         if self._sharding is None:
             return local
         return batch_of(local, self._sharding, self._batch_size)
@@ -349,7 +415,14 @@ class Shuffled:
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             rng = np.random.default_rng((self._seed, epoch))
-            self._order = (epoch, rng.permutation(num_rows(self._table)))
+            order = rng.permutation(num_rows(self._table))
+            if len(self._needs):
+                first = (
+                    -epoch * len(order) % self._batch_size
+                )  # rows of the last epoch's last batch
+                rest = _grouped(order[first:], self._needs.sum(1), self._batch_size, rng)
+                order = np.concatenate([order[:first], rest])
+            self._order = (epoch, order)
         return self._order[1]
 
     def get_state(self) -> dict[str, int]:

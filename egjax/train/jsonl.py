@@ -2,24 +2,29 @@
 
 Supervised: `messages` (the assistant's are learnt) · `prompt` and `completion` (the completion is)
 · `text` (all of it is). Preferences: `prompt`, `chosen`, `rejected`; where `prompt` is left out it
-is what both have in common at the beginning. A column holds a text or a list of messages
-({"role": ..., "content": ...}); texts are joined as they stand.
+is what both have in common at the beginning, and so it is where messages of both repeat it. A
+column holds a text or a list of messages ({"role": ..., "content": ...}, of an assistant also with
+`tool_calls`); texts are joined as they stand. Beside messages, `tools` are what may be called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from egjax import hosts
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.template import ChatTemplate, Message
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import Pair, Sample
 
-__all__ = ["read_pairs", "read_samples"]
+__all__ = ["has_messages", "read_pairs", "read_samples"]
 
 T = TypeVar("T")
 _SUPERVISED = "messages; prompt and completion; or text"
@@ -38,6 +43,10 @@ class _Passage(NamedTuple):
     text: str
     learnt: tuple[tuple[int, int], ...]
     template: ChatTemplate | None = None
+
+
+class _SameError(EgjaxError):
+    """A pair whose answers are the same."""
 
 
 class _Preference(NamedTuple):
@@ -76,17 +85,41 @@ def read_samples(
 def read_pairs(
     path: str | Path, tokenizer: Tokenizer, template: ChatTemplate, config: LlamaConfig
 ) -> list[Pair]:
-    """Reads preference pairs; arguments and errors as in `read_samples`."""
+    """Reads preference pairs; arguments and errors as in `read_samples`.
+
+    Pairs whose answers are the same say nothing; they are left out, and counted on standard error.
+    """
     return _read(Path(path), lambda row: _pair(_preference(row, template), tokenizer, config))
 
 
+def has_messages(path: str | Path) -> bool:
+    """Whether a row of a file that can be read holds messages, which need a template."""
+    columns = ("messages", "prompt", "completion", "chosen", "rejected")
+    rows = (_row(line) for _, line in _lines(Path(path)))
+    return any(isinstance(row.get(name), list) for row in rows for name in columns)
+
+
 def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    found = []
+    found, same = [], []
     for number, line in _lines(path):
+        where = f"{path}:{number}"
         try:
             found.append(parse(_row(line)))
         except EgjaxError as error:
-            raise EgjaxError(error.what, where=f"{path}:{number}", remedy=error.remedy) from error
+            told = EgjaxError(error.what, where=where, remedy=error.remedy)
+            if not isinstance(error, _SameError):
+                raise told from error
+            same.append(told)
+        except UnicodeEncodeError as error:  # JSON can write half a character, UTF-8 cannot
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise EgjaxError(
+                f"{half} alone is no character", where=where, remedy="mend the text"
+            ) from error
+    if same and not found:
+        raise same[0]
+    if same and hosts.index() == 0:
+        count = f"{len(same)} of {len(same) + len(found)} pairs have two answers that are the same"
+        print(f"{same[0].where}: {count}: left out", file=sys.stderr)
     if not found:
         raise EgjaxError("has no line", where=str(path), remedy="give one JSON object a line")
     return found
@@ -113,6 +146,8 @@ def _row(line: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise EgjaxError(f"not JSON: {error}", remedy="give one JSON object a line") from error
+    except RecursionError as error:
+        raise EgjaxError("nested too deeply", remedy="give one JSON object a line") from error
     if not isinstance(row, dict):
         raise EgjaxError("not a JSON object", remedy="give one JSON object a line")
     return {name: value for name, value in row.items() if value is not None}
@@ -136,25 +171,51 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
         raise EgjaxError(f"{name} is no list of messages", remedy='[{"role": ..., "content": ...}]')
     for index, message in enumerate(messages):
         parts = message if isinstance(message, dict) else {}
-        if not all(isinstance(parts.get(key), str) for key in ("role", "content")):
+        # An assistant may call tools and say nothing.
+        words = parts.get("content") or ("" if _calls(parts) else parts.get("content"))
+        if not (isinstance(parts.get("role"), str) and isinstance(words, str)):
             raise EgjaxError(
                 f"message {index} of {name} has no text as role or content",
                 remedy='each is {"role": ..., "content": ...}',
             )
-    return messages
+    # What a table leaves empty is not there, for a template may ask whether it is.
+    return [
+        {key: x for key, x in message.items() if x is not None or key == "content"}
+        for message in messages
+    ]
+
+
+def _calls(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("tool_calls"), list) and bool(message["tool_calls"])
+
+
+def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What the assistant may call; some tables hold it as JSON in a text."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    if not tools:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise EgjaxError("tools is no list of JSON schemas", remedy="give a list, or no tools")
+    return tools
 
 
 def _passage(row: dict[str, Any], template: ChatTemplate) -> _Passage:
+    if row.get("label") is False:
+        raise EgjaxError("its answer is labelled as a bad one", remedy="leave the line out")
     if "messages" in row:
-        return _conversation(_messages(row, "messages"), template)
+        return _conversation(_messages(row, "messages"), template, _tools(row))
     if {"prompt", "completion"} <= row.keys():
         if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             # An empty prompt is well-formed: the completion is learnt from the start.
             text = row["prompt"] + _text(row, "completion")
             return _Passage(text, ((len(row["prompt"]), len(text)),))
         prompt, answer = _messages(row, "prompt"), _messages(row, "completion")
-        text = template.render([*prompt, *answer])
-        start = _shared(text, template.render(prompt, ask=True))
+        render = partial(template.render, tools=_tools(row))
+        text = render([*prompt, *answer])
+        start = _shared(text, render(prompt, ask=True))
         return _Passage(text, ((start, len(text)),), template)
     if "text" in row:
         return _Passage(_text(row, "text"), ((0, len(row["text"])),))
@@ -163,13 +224,16 @@ def _passage(row: dict[str, Any], template: ChatTemplate) -> _Passage:
     raise _unknown(row, _SUPERVISED)
 
 
-def _conversation(messages: Sequence[Message], template: ChatTemplate) -> _Passage:
-    text = template.render(messages)
+def _conversation(
+    messages: Sequence[Message], template: ChatTemplate, tools: list[dict[str, Any]] | None
+) -> _Passage:
+    render = partial(template.render, tools=tools)
+    text = render(messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = _shared(text, template.render(messages[:index], ask=True))
-            spans.append((start, _shared(text, template.render(messages[: index + 1]))))
+            start = _shared(text, render(messages[:index], ask=True))
+            spans.append((start, _shared(text, render(messages[: index + 1]))))
     if not any(start < end for start, end in spans):
         raise EgjaxError("no message of the assistant", remedy="one at least is to be learnt")
     return _Passage(text, tuple(spans), template)
@@ -209,6 +273,9 @@ def _preference(row: dict[str, Any], template: ChatTemplate) -> _Preference:
         prompt = None if repeated else [{"role": "user", "content": prompt}]
     elif prompt is not None:
         prompt = _messages(row, "prompt")
+        count = len(prompt)
+        if all(one[:count] == prompt and one[count:] for one in (chosen, rejected)):
+            chosen, rejected = chosen[count:], rejected[count:]
     if prompt is None:
         pairs = zip(chosen, rejected)
         same = next(
@@ -217,8 +284,9 @@ def _preference(row: dict[str, Any], template: ChatTemplate) -> _Preference:
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     if not prompt:
         raise EgjaxError("the answers share no prompt", remedy=f"give {_PREFERENCE} that share one")
-    whole = [template.render([*prompt, *answer]) for answer in (chosen, rejected)]
-    start = _shared(template.render(prompt, ask=True), *whole)
+    render = partial(template.render, tools=_tools(row))
+    whole = [render([*prompt, *answer]) for answer in (chosen, rejected)]
+    start = _shared(render(prompt, ask=True), *whole)
     return _differing(whole[0][:start], whole[0][start:], whole[1][start:], template)
 
 
@@ -226,7 +294,7 @@ def _differing(
     prompt: str, chosen: str, rejected: str, template: ChatTemplate | None = None
 ) -> _Preference:
     if chosen == rejected:
-        raise EgjaxError("chosen and rejected are the same", remedy="leave the line out")
+        raise _SameError("chosen and rejected are the same", remedy="leave the line out")
     return _Preference(prompt, chosen, rejected, template)
 
 
@@ -247,6 +315,7 @@ def _marked(
     text: str, template: ChatTemplate | None, tokenizer: Tokenizer, config: LlamaConfig
 ) -> tuple[list[int], list[int], bool]:
     """Tokens with marks, the character at which each ends, and whether an end mark was added."""
+    text.encode()  # half a character is told as such here, the tokenizer finds no text at all
     ids, ends = tokenizer.encode_with_ends(text)
     if config.bos_id is not None and ids[:1] != [config.bos_id]:
         ids, ends = [config.bos_id, *ids], [0, *ends]

@@ -6,8 +6,10 @@ that are not at hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +25,11 @@ from egjax.mesh import batch_sharding
 from egjax.train.objectives import Apply
 from egjax.train.step import LossFn, TrainState, init_state, make_train_step, state_shardings
 
-__all__ = ["Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
+__all__ = ["SAME_RESULT", "Layout", "PlacedStep", "applied", "cast", "masters", "placed_step"]
 
+SAME_RESULT: Mapping[str, bool] = MappingProxyType({"same_result": True})
+"""Metadata of dataclass fields that change how something is computed, and not what comes out but
+for rounding: a run goes on when they change."""
 
 _MASTERS = (None, "float32", "bfloat16")
 
@@ -48,12 +53,12 @@ class Layout:
         attention: form of attention, see `egjax.lm.attention`; `"auto"` goes by the platform.
     """
 
-    model: int = 1
-    remat: Remat = "none"
-    chunked: bool = False
+    model: int = field(default=1, metadata=SAME_RESULT)
+    remat: Remat = field(default="none", metadata=SAME_RESULT)
+    chunked: bool = field(default=False, metadata=SAME_RESULT)
     master: str | None = None
-    accumulate: int = 1
-    attention: str = "auto"
+    accumulate: int = field(default=1, metadata=SAME_RESULT)
+    attention: str = field(default="auto", metadata=SAME_RESULT)
 
     def __post_init__(self):
         for name in ("model", "accumulate"):

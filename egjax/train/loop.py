@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egjax import hosts
-from egjax.errors import NotFiniteError, require
+from egjax.errors import EgjaxError, NotFiniteError, require
 from egjax.files import absolute, append
 from egjax.train.checkpoint import check_shapes, unreadable, writing
 from egjax.train.progress import progress
@@ -86,8 +86,7 @@ def fit(
 ) -> FitResult:
     """Trains to `num_steps`, from the latest checkpoint in `directory` if there is one.
 
-    A resumed run equals an uninterrupted one: state, data and key are those of the step at which
-    it was left.
+    A resumed run equals an uninterrupted one: it has the state, data and key that were left.
 
     Whatever ends the process, and whenever (SIGKILL, a host taken away), at most `save_every` steps
     have to be run again. A checkpoint counts once it is whole, and is written while training goes
@@ -105,7 +104,7 @@ def fit(
         directory: for `checkpoints` and `metrics.jsonl`; None keeps nothing.
         save_every: at most this many steps are lost; with 1 none is run while a checkpoint is
             written. The two latest are kept.
-        log_every: steps between two lines of metrics; the host waits for the device then only.
+        log_every: steps between two lines; the host reads each step's loss during the next step.
         on_log: called with the step and its metrics at those times.
         stop: once true after a step, the state is saved and the run left, see
             `egjax.train.signals.stop_on_signals`.
@@ -121,9 +120,10 @@ def fit(
     Raises:
         NotFiniteError: loss or gradient is NaN or Inf; names the step, before which the state was
             saved as the latest checkpoint.
-        EgjaxError: a checkpoint that cannot be read or is of another model, or a full disk; what
-            was saved before stays.
+        EgjaxError: an interval below 1, a checkpoint that cannot be read or is of another model, or
+            a full disk; what was saved before stays.
     """
+    _check_intervals(save_every=save_every, log_every=log_every)
     store = None if directory is None else _Store(absolute(directory))
     half = -(-save_every // 2)
     trail: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # where the data were before a step
@@ -167,6 +167,12 @@ def fit(
     finally:
         if store is not None:
             store.close()
+
+
+def _check_intervals(**steps: int) -> None:
+    for name, value in steps.items():
+        if value < 1:
+            raise EgjaxError(f"{name} = {value} is less than 1")
 
 
 class _Meter:
@@ -244,15 +250,22 @@ class _Store:
                 ),
             )
         except Exception as error:  # Orbax and its storage raise all sorts for a damaged folder
-            raise unreadable(self._directory, error) from error
+            raise self._unreadable(latest, error) from error
         check_shapes(restored[_STATE], like, self._directory)
         try:
             note = restored[_DATA]
             batches.set_state(note["batches"])
             data = jnp.asarray(note["key"], jnp.uint32)
         except (KeyError, TypeError) as error:
-            raise unreadable(self._directory, error) from error
+            raise self._unreadable(latest, error) from error
         return restored[_STATE], jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+    def _unreadable(self, step: int, error: Exception) -> EgjaxError:
+        """Names the step that is damaged, and where the run goes on without it."""
+        older = [other for other in self._manager.all_steps() if other < step]
+        then = f"goes on from step {max(older)}" if older else "begins anew"
+        folder = self._directory / "checkpoints" / str(step)
+        return unreadable(folder, error, f"delete this folder alone: then the run {then}")
 
     def _trim_metrics(self, latest: int) -> None:
         """Drops the lines of steps that will be run again."""

@@ -32,7 +32,8 @@ class OptimConfig:
     Attributes:
         learning_rate: its peak, after the warm-up.
         warmup: share of all steps in which the rate rises linearly from 0.
-        final: rate at the last step as a share of the peak, for schedules that decay.
+        final: what the rate decays to, as a share of the peak, for schedules that decay; it would
+            be that of the step after the last one.
         decay: share of all steps in which `warmup_stable_decay` decays.
         clip: bound on the global norm of the gradient.
         weight_decay: decoupled weight decay of matrices.
@@ -59,10 +60,15 @@ class OptimConfig:
             ("decay", 0, 1),
             ("clip", 0, float("inf")),
             ("weight_decay", 0, float("inf")),
+            ("beta1", 0, 1),
+            ("beta2", 0, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise EgjaxError(f"{name} = {value} is not between {low} and {high}")
+        for name, end in (("clip", 0), ("beta1", 1), ("beta2", 1)):
+            if getattr(self, name) == end:
+                raise EgjaxError(f"{name} = {end} would let nothing be learnt")
 
 
 Schedule = Callable[[OptimConfig, int], optax.Schedule]

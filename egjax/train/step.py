@@ -11,6 +11,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from egjax.errors import EgjaxError
+
 __all__ = ["LossFn", "TrainState", "init_state", "make_train_step", "state_shardings"]
 
 Array = jax.Array
@@ -116,7 +118,12 @@ def make_train_step(
     Returns:
         The step. Its metrics are float32[]: loss, grad_norm (before clipping), param_norm,
         update_norm, and the means of `loss_fn`'s.
+
+    Raises:
+        EgjaxError: `accumulate` is less than 1; the step, where it does not divide the batch.
     """
+    if accumulate < 1:
+        raise EgjaxError(f"{accumulate} micro-batches a step", remedy="1 is the least")
 
     def sums(params: Params, batch: Any, key: Array, frozen: Any) -> tuple[Array, Any]:
         total, count, metrics = loss_fn(params, batch, key, frozen)
@@ -125,6 +132,9 @@ def make_train_step(
     gradient = jax.grad(sums, has_aux=True)
 
     def accumulated(params: Params, batch: Any, key: Array, frozen: Any) -> tuple[Params, Any]:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % accumulate:
+            raise EgjaxError(f"{accumulate} micro-batches do not divide {rows} rows")
         parts = jax.tree.map(
             lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
         )

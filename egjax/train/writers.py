@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 
 from egjax.errors import EgjaxError, require
 from egjax.files import here
 
-__all__ = ["WRITERS", "writers"]
+__all__ = ["WRITERS", "check_writers", "writers"]
 
 Log = Callable[[int, dict[str, float]], None]
 
 
+class _Run(NamedTuple):
+    """What a log is of, see `writers`."""
+
+    directory: Path
+    title: str
+    inputs: str
+    config: Mapping[str, Any]
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """Says before any work what `writers` would say.
+
+    Raises:
+        EgjaxError: there is no such writer.
+        ImportError: its library is not installed; says what to install.
+    """
+    for name in names:
+        if name not in WRITERS:
+            raise EgjaxError(
+                f"cannot log to {name!r}", where="--log-to", remedy=f"one of {', '.join(WRITERS)}"
+            )
+        require(*_LIBRARIES[name])
+
+
 @contextmanager
-def writers(names: Sequence[str], directory: Path, title: str) -> Iterator[Log]:
+def writers(
+    names: Sequence[str],
+    directory: Path,
+    title: str,
+    *,
+    inputs: str = "",
+    config: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Log]:
     """Opens writers; yields what `egjax.train.loop.fit` takes as `on_log`.
 
     Args:
         names: of `WRITERS`; without any nothing is written.
         directory: of the run; files go below it.
         title: of the run.
+        inputs: names what the run is made from. In the same directory, from the same inputs, it
+            goes on with the same run of W&B.
+        config: what W&B is to show as the run's config, as JSON can hold it.
 
     Raises:
-        EgjaxError: there is no such writer.
-        ImportError: its library is not installed; says what to install.
+        EgjaxError, ImportError: see `check_writers`.
     """
-    unknown = [name for name in names if name not in WRITERS]
-    if unknown:
-        raise EgjaxError(
-            f"cannot log to {unknown[0]!r}", where="--log-to", remedy=f"one of {', '.join(WRITERS)}"
-        )
+    check_writers(names)
     with ExitStack() as stack:
         logs = []
         if names:
             here(directory, "--log-to writes beside the run:")
         if jax.process_index() == 0:
-            logs = [stack.enter_context(WRITERS[name](directory, title)) for name in names]
+            run = _Run(directory, title, inputs, config)
+            logs = [stack.enter_context(WRITERS[name](run)) for name in names]
 
         def log(step: int, metrics: dict[str, float]) -> None:
             for one in logs:
@@ -50,16 +82,15 @@ def writers(names: Sequence[str], directory: Path, title: str) -> Iterator[Log]:
 
 
 @contextmanager
-def _tensorboard(directory: Path, title: str) -> Iterator[Log]:
-    # Writes event files without TensorFlow or torch.
-    library = require("tensorboardX", "log")
+def _tensorboard(run: _Run) -> Iterator[Log]:
+    library = require(*_LIBRARIES["tensorboard"])
     writer = None
 
     def log(step: int, metrics: dict[str, float]) -> None:
         nonlocal writer
         if writer is None:
             # Opened at the first line, whose step says what a run that was killed will write again.
-            writer = library.SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+            writer = library.SummaryWriter(str(run.directory / "tensorboard"), purge_step=step)
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
 
@@ -71,22 +102,27 @@ def _tensorboard(directory: Path, title: str) -> Iterator[Log]:
 
 
 @contextmanager
-def _wandb(directory: Path, title: str) -> Iterator[Log]:
-    library = require("wandb", "wandb")
-    directory.mkdir(parents=True, exist_ok=True)
-    run = library.init(
+def _wandb(run: _Run) -> Iterator[Log]:
+    library = require(*_LIBRARIES["wandb"])
+    run.directory.mkdir(parents=True, exist_ok=True)
+    name = f"{run.directory.absolute()}\n{run.inputs}"
+    opened = library.init(
         project="egjax",
-        name=title,
-        dir=str(directory),
-        # The same directory goes on with the same run.
-        id=hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16],
+        name=run.title,
+        dir=str(run.directory),
+        id=hashlib.sha256(name.encode()).hexdigest()[:16],
         resume="allow",
+        config=dict(run.config),
     )
     try:
-        yield lambda step, metrics: run.log(metrics, step=step)
+        yield lambda step, metrics: opened.log(metrics, step=step)
     finally:
-        run.finish()
+        opened.finish()
 
 
+_LIBRARIES = {
+    "tensorboard": ("tensorboardX", "log"),  # writes event files without TensorFlow or torch
+    "wandb": ("wandb", "wandb"),
+}
 WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""By name: context managers (directory, title) -> (step, metrics) -> None."""
+"""By name: context managers of a run that yield (step, metrics) -> None."""

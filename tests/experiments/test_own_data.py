@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from egjax.lm import hf, lora, peft
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import forward
 from egjax.lm.params import init
+from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.layout import Layout
 from experiments import chat, distill, dpo, own, sft
@@ -131,6 +133,21 @@ def test_what_was_trained_loads_in_transformers(home, tmp_path, tokenizer):
     assert words.chat_template == TEMPLATE
 
 
+def test_a_model_without_a_template_gets_the_one_that_it_was_trained_with(
+    home, tmp_path, tokenizer, capsys
+):
+    base = make(tmp_path / "base", tokenizer, 0, template=None)
+    config = sft.Config(
+        data=home / "sft.jsonl", model=base, run=tmp_path / "run", training=replace(SHORT, steps=1)
+    )
+    out = sft.own_stage(config).path / "model"
+    assert "base: no chat template; a message is a line `role: content`" in capsys.readouterr().err
+    assert own.Start.at(out).template == own.Start.at(base).template
+    source = (out / "chat_template.jinja").read_text()
+    asked = ChatTemplate(source).render([{"role": "user", "content": "Go"}], ask=True)
+    assert asked == "<bos>user: Go\nassistant:"
+
+
 def test_an_adapter_is_trained_in_place_of_the_weights(home, tmp_path):
     options = {"data": home / "sft.jsonl", "model": home / "large", "training": SHORT}
     done = sft.own_stage(sft.Config(run=tmp_path, lora_rank=2, **options))
@@ -234,6 +251,34 @@ def test_models_that_do_not_fit_are_told_before_any_work(home, tmp_path, tokeniz
     with pytest.raises(EgjaxError, match=r"nowhere: there is no model"):
         own.Start.at(tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_models_are_told_apart_by_content_alone(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "_PIECE", 512)
+    monkeypatch.setattr(own, "_BLOCK", 32)
+    before = own.Start.at(home / "large").fingerprint
+    copy = shutil.copytree(home / "large", tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    os.utime(weights, (0, 0))
+    (copy / "README.md").write_text("mine")
+    assert own.Start.at(copy).fingerprint == before
+    tensors = load_file(weights)
+    for name in tensors:  # one by one, wherever they lie in the file
+        save_file(tensors | {name: tensors[name] + 1}, weights)
+        assert own.Start.at(copy).fingerprint != before or tensors[name].nbytes < 512
+    save_file(tensors, weights)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert own.Start.at(copy).fingerprint != before
+
+
+def test_moved_files_are_the_same_inputs(home, tmp_path):
+    options = {"run": tmp_path / "run", "training": SHORT}
+    sft.own_stage(sft.Config(data=home / "sft.jsonl", model=home / "large", **options))
+    shutil.copytree(home / "large", tmp_path / "model")
+    shutil.copyfile(home / "sft.jsonl", tmp_path / "sft.jsonl")
+    options["training"] = replace(SHORT, save_every=1, layout=Layout(remat="full"))
+    moved = sft.Config(data=tmp_path / "sft.jsonl", model=tmp_path / "model", **options)
+    assert sft.own_stage(moved).kept
 
 
 def cut(folder):

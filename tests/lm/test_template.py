@@ -5,7 +5,7 @@ import json
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.lm.template import ChatTemplate
+from egjax.lm.template import ChatTemplate, plain_source
 
 TALK = [
     {"role": "system", "content": "  You plan. "},
@@ -55,6 +55,17 @@ def test_as_transformers_renders_it(tmp_path, source, ask):
     )
     assert ours == theirs
     assert "Grab cup." in ours
+
+
+@pytest.mark.parametrize("marks", [("<s>", "</s>"), ("", ""), ('<"\\', "<｜end▁of▁sentence｜>")])
+def test_the_plain_format_as_a_template(tmp_path, marks):
+    source, plain = plain_source(*marks), ChatTemplate()
+    written = ChatTemplate(source)
+    assert written.render(TALK) == marks[0] + plain.render(TALK) + marks[1]
+    assert written.render(TALK, ask=True) == marks[0] + plain.render(TALK, ask=True)
+    # Read again it is the plain format, whose marks the tokenizer's user adds.
+    assert ChatTemplate.load(folder(tmp_path, source, in_settings=False)) == plain
+    assert ChatTemplate.load(folder(tmp_path, source + " ", in_settings=False)).source
 
 
 def test_where_templates_are(tmp_path):

@@ -111,6 +111,17 @@ def test_left_out_tokens_give_no_nan(fn):
     assert bool(jnp.isfinite(grad).all())
 
 
+@divergence
+def test_a_broken_teacher_or_student_is_not_left_out(fn):
+    student, teacher = pair(3)
+    broken = teacher.at[1, 4].set(jnp.nan)
+    value, grad = jax.value_and_grad(lambda x: fn(x, broken)[1])(student)
+    assert bool(jnp.isnan(value))
+    assert bool(jnp.isnan(grad[1]).any())
+    assert bool(jnp.isfinite(fn(student, broken)[0]))
+    assert bool(jnp.isnan(fn(broken, teacher)[1]))
+
+
 def test_reverse_kl_moves_mass_into_the_plausible_set():
     teacher = jax.nn.log_softmax(jnp.array([0.0, 0.0, -jnp.inf]))
     student = jnp.zeros(3)
@@ -140,6 +151,17 @@ def test_padded_columns_change_nothing(fn):
 
 
 @divergence
+def test_columns_of_minus_infinity_are_as_good_as_masked(fn):
+    student, teacher = pair(4)
+    mask = jnp.arange(11) < 8
+    marked, marked_teacher = (jnp.where(mask, x, -jnp.inf) for x in (student, teacher))
+    value, grad = jax.value_and_grad(lambda x: fn(x, marked_teacher).sum())(marked)
+    want, want_grad = jax.value_and_grad(lambda x: fn(x, teacher, vocab_mask=mask).sum())(student)
+    np.testing.assert_array_equal(value, want)
+    np.testing.assert_array_equal(grad, want_grad)
+
+
+@divergence
 def test_batch_equals_loop_under_jit_and_vmap(fn):
     student, teacher = pair(5, (2, 3, 7))
     batched = jax.jit(jax.vmap(jax.vmap(fn)))(student, teacher)
@@ -155,6 +177,12 @@ def test_jsd_slopes_at_its_ends_are_the_two_kls():
     high = losses.generalised_jsd(student, teacher, beta=1 - small) / small
     np.testing.assert_allclose(low, losses.forward_kl(student, teacher), rtol=2e-2)
     np.testing.assert_allclose(high, losses.reverse_kl(student, teacher), rtol=2e-2)
+
+
+@pytest.mark.parametrize("beta", [1.5, -0.5, float("nan")])
+def test_jsd_refuses_weights_that_are_none(beta):
+    with pytest.raises(ValueError, match="is not between 0 and 1"):
+        losses.generalised_jsd(*pair(), beta=beta)
 
 
 def test_jsd_is_symmetric_at_one_half_and_bounded():
@@ -215,6 +243,20 @@ def test_ratio_ignores_padded_columns():
     want = losses.behaviour_ratio(large, expert, anti)
     np.testing.assert_allclose(got[:, :11], want, atol=1e-5)
     assert bool((got[:, 11:] == -jnp.inf).all())
+
+
+def test_ratio_of_columns_of_minus_infinity_is_as_good_as_masked():
+    large, expert = pair(12)
+    anti, _ = pair(13)
+    mask = jnp.arange(11) < 8
+    marked = [jnp.where(mask, x, -jnp.inf) for x in (large, expert, anti)]
+    got = losses.behaviour_ratio(*marked, clip=1.0)
+    want = losses.behaviour_ratio(large, expert, anti, clip=1.0, vocab_mask=mask)
+    np.testing.assert_array_equal(got, want)
+    # What the large model leaves out stays out, also where the small one had left it out as well.
+    got = losses.behaviour_ratio(marked[0], expert, marked[2])
+    np.testing.assert_array_equal(got == -jnp.inf, jnp.broadcast_to(~mask, got.shape))
+    np.testing.assert_allclose(jnp.exp(got).sum(-1), 1.0, rtol=1e-5)
 
 
 def test_distilling_to_a_plausible_ratio_converges_to_it():

@@ -107,6 +107,12 @@ def test_conservative_dpo_turns_round_past_its_margin():
     assert grad(turn - 0.1) < 0 < grad(turn + 0.1)
 
 
+@pytest.mark.parametrize("noise", [0.5, 1, -0.1])
+def test_robust_dpo_refuses_a_noise_that_hides_all(noise):
+    with pytest.raises(ValueError, match=r"is not at least 0 and less than 0\.5"):
+        losses.robust_dpo(-1.0, -2.0, -1.0, -2.0, noise=noise)
+
+
 def test_robust_dpo_is_unbiased_under_swapped_labels():
     noise, args = 0.2, VALUES
     kept = losses.robust_dpo(*args, beta=0.3, noise=noise)[0]

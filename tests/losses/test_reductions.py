@@ -46,6 +46,16 @@ def test_padded_columns_change_nothing():
     )
 
 
+def test_a_logit_of_minus_infinity_is_a_finite_log_0():
+    logits = jnp.array([[0.5, -jnp.inf, 1.0]])
+    got, grad = jax.value_and_grad(lambda x: losses.token_logps(x, jnp.array([1]))[0])(logits)
+    assert got < -1e29
+    assert bool(jnp.isfinite(got))
+    assert bool(jnp.isfinite(grad).all())
+    others = losses.token_logps(logits, jnp.array([2]))
+    np.testing.assert_array_equal(others, losses.token_logps(logits[:, ::2], jnp.array([1])))
+
+
 def test_sequence_logps_masked_equals_subset():
     logits = jax.random.normal(jax.random.key(0), (2, 6, 7))
     targets = jax.random.randint(jax.random.key(1), (2, 6), 0, 7)

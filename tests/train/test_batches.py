@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.train.data import Pair, Sample, Shuffled, in_order, num_rows, pack, pad_pairs, split
+from egjax.train.data import (
+    Pair,
+    Sample,
+    Shuffled,
+    in_order,
+    num_rows,
+    pack,
+    pad_pairs,
+    share_prompts,
+    split,
+)
 
 
 def random_samples(n=200, longest=17, seed=0):
@@ -14,6 +24,10 @@ def random_samples(n=200, longest=17, seed=0):
         Sample(rng.integers(0, 99, k).tolist(), (rng.random(k) < 0.5).tolist(), float(rng.random()))
         for k in rng.integers(2, longest + 1, n)
     ]
+
+
+def _rows(table, index):
+    return jax.tree.map(lambda x: x[index], table)
 
 
 def segments(table):
@@ -120,6 +134,43 @@ def test_batches_resume_where_they_were(done):
     fresh.set_state(state)
     for batch in want:
         jax.tree.map(np.testing.assert_array_equal, next(fresh), batch)
+
+
+def test_a_long_pair_pads_its_like_and_not_all():
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(1, 20, (250, 3)), (400, 90, 80)]
+    table = share_prompts([Pair(*(rng.integers(1, 9, n) for n in one)) for one in lengths])
+    it = Shuffled(table, 8, seed=1)
+    batches = [next(it) for _ in range(64)]  # two epochs, whose border is within a batch
+    shapes = [(one.tokens.shape[1], one.targets.shape[2]) for one in batches]
+    assert len(set(shapes)) <= 4
+    assert shapes[0] == (table.tokens.shape[1], table.targets.shape[2])
+    assert shapes.count(shapes[0]) <= 4  # the first one, and those of the long pair
+    real = sum((one.segment_ids > 0).sum() for one in batches)
+    share = (table.segment_ids > 0).mean()
+    assert real / sum(one.segment_ids.size for one in batches) > 6 * share
+
+    def padded(x, like):
+        return np.pad(x, [(0, b - a) for a, b in zip(x.shape, like[:8].shape, strict=True)])
+
+    batches = [jax.tree.map(padded, one, table) for one in batches]
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    for epoch in range(2):  # every row once, and nothing of it is gone
+        part = slice(251 * epoch, 251 * (epoch + 1))
+        got, want = (np.lexsort(x.tokens.T) for x in (_rows(rows, part), table))
+        jax.tree.map(
+            np.testing.assert_array_equal, _rows(_rows(rows, part), got), _rows(table, want)
+        )
+    again, want = Shuffled(table, 8, seed=1), next(it)
+    again.set_state({"batches": 64})
+    jax.tree.map(np.testing.assert_array_equal, next(again), want)
+
+
+def test_pairs_of_equal_lengths_come_in_the_order_of_other_tables():
+    table = share_prompts([Pair([i + 1] * 9, [1], [2]) for i in range(20)])
+    it, plain = Shuffled(table, 4, seed=1), Shuffled(table.tokens, 4, seed=1)
+    for _ in range(7):
+        np.testing.assert_array_equal(next(it).tokens, next(plain))
 
 
 def test_in_order_pads_the_last_batch_with_masked_rows():

@@ -9,7 +9,7 @@ from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.jsonl import read_pairs, read_samples
+from egjax.train.jsonl import has_messages, read_pairs, read_samples
 
 PLAIN = ChatTemplate()
 MARKED = ChatTemplate(
@@ -18,6 +18,16 @@ MARKED = ChatTemplate(
     "{% if add_generation_prompt %}[assistant] {% endif %}",
     (("bos_token", "<bos>"), ("eos_token", "<eos>")),
 )
+# Lists what may be called, and writes calls.
+CALLING = ChatTemplate(
+    "{% for t in tools or [] %}<{{ t.name }}>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.name }}(){% endfor %};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+FOUND = {"role": "tool", "content": "a cup", "tool_calls": None}
+TOOLS = [{"name": "look"}, {"name": "go"}]
 ASK = {"role": "user", "content": "Fetch a cup."}
 GOOD = {"role": "assistant", "content": "Walk to kitchen."}
 BAD = {"role": "assistant", "content": "Walk to bed."}
@@ -84,6 +94,17 @@ class Spell:
             MARKED,
             "<bos>[user] Fetch a cup.<eos>[assistant] |Walk to kitchen.<eos>",
         ),
+        (
+            {"messages": [ASK, CALL, FOUND, GOOD], "tools": TOOLS},
+            CALLING,
+            "<bos><look><go>[user] Fetch a cup.;[assistant] |look();|[tool] a cup;[assistant] "
+            "|Walk to kitchen.;",
+        ),
+        (
+            {"prompt": [ASK], "completion": [GOOD], "tools": [TOOLS[0]], "label": True},
+            CALLING,
+            "<bos><look>[user] Fetch a cup.;[assistant] |Walk to kitchen.;",
+        ),
     ],
 )
 def test_samples(tmp_path, tokenizer, config, row, template, want):
@@ -122,11 +143,33 @@ SAME = (
         ({"prompt": None, "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, MARKED, SAME),
         ({"prompt": "Fetch a cup.", "chosen": [GOOD], "rejected": [BAD]}, MARKED, SAME),
         ({"prompt": "Fetch", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, MARKED, SAME),
+        ({"prompt": [ASK], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, MARKED, SAME),
+        (
+            {"prompt": [ASK], "chosen": [CALL], "rejected": [BAD], "tools": json.dumps(TOOLS)},
+            CALLING,
+            ("<bos><look><go>[user] Fetch a cup.;[assistant] ", "look();", "Walk to bed.;"),
+        ),
     ],
 )
 def test_pairs(tmp_path, tokenizer, config, row, template, want):
     (pair,) = read_pairs(write(tmp_path / "x.jsonl", row), tokenizer, template, config)
     assert tuple(map(Spell(tokenizer), pair)) == want
+
+
+def test_pairs_without_a_difference_are_left_out_and_counted(tmp_path, tokenizer, config, capsys):
+    fine = {"prompt": "Q", "chosen": " a", "rejected": " b"}
+    same = {"prompt": [ASK], "chosen": [GOOD], "rejected": [GOOD]}
+    path = write(tmp_path / "x.jsonl", fine, same, fine | {"rejected": " a"}, fine)
+    assert len(read_pairs(path, tokenizer, MARKED, config)) == 2
+    said = "x.jsonl:3: 2 of 4 pairs have two answers that are the same: left out\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_files_with_messages(tmp_path):
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": []}
+    assert not has_messages(write(tmp_path / "x.jsonl", texts, {"text": "a"}))
+    for row in ({"messages": [ASK]}, {"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}):
+        assert has_messages(write(tmp_path / "x.jsonl", texts, row))
 
 
 FINE = {"text": "a", "prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
@@ -154,6 +197,14 @@ def test_lines_that_are_no_rows(tmp_path, tokenizer, config, read, line, said):
         (read_samples, {"prompt": "a", "completion": 3}, "prompt is no list of messages"),
         (read_samples, {"messages": [ASK, {"role": "user"}]}, "message 1 of messages has no text"),
         (read_samples, {"messages": [ASK]}, "no message of the assistant"),
+        (read_samples, {"messages": [ASK, GOOD], "tools": TOOLS}, "does not write tools"),
+        (read_samples, {"messages": [ASK, CALL]}, "does not write tool_calls"),
+        (read_samples, {"messages": [ASK, GOOD], "tools": "look"}, "no list of JSON schemas"),
+        (read_samples, {"messages": [ASK, CALL | {"tool_calls": []}]}, "message 1 of messages has"),
+        (read_samples, {"prompt": "a", "completion": "b", "label": False}, "labelled as a bad"),
+        (read_samples, '{"text": "a \\ud83d b"}', r"\\ud83d alone is no character"),
+        (read_pairs, '{"prompt": "a", "chosen": "\\udc00", "rejected": "b"}', r"\\udc00 alone"),
+        (read_samples, "[" * 200_000, "nested too deeply"),
         (read_samples, {"chosen": "a", "rejected": "b"}, r"experiments\.dpo"),
         (read_pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         (read_pairs, {"chosen": [GOOD], "rejected": [BAD]}, "share no prompt"),

@@ -99,6 +99,21 @@ def test_half_written_checkpoint_is_not_taken(tmp_path, whole):
     same(run(tmp_path).state, whole.state)
 
 
+def test_intervals_of_no_step_are_told(tmp_path):
+    for name in ("save_every", "log_every"):
+        with pytest.raises(EgjaxError, match=f"{name} = 0 is less than 1"):
+            fit(
+                init_state(init(), TX),
+                STEP,
+                batches(),
+                num_steps=2,
+                key=jax.random.key(0),
+                directory=tmp_path,
+                **{name: 0},
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_run_is_left_as_it_is(tmp_path, whole):
     run(tmp_path)
     again = run(tmp_path, on_log=lambda *_: pytest.fail("a step was run"))
@@ -117,6 +132,19 @@ def test_damaged_or_foreign_checkpoints_are_told(tmp_path):
     other = init_state({"embed": jnp.zeros((3, 3))}, TX)
     with pytest.raises(EgjaxError, match="checkpoint"):
         fit(other, STEP, batches(), num_steps=4, key=jax.random.key(0), directory=tmp_path / "b")
+
+
+def test_without_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(tmp_path, whole):
+    run(tmp_path, num_steps=6, save_every=6)
+    folder = tmp_path / "checkpoints"
+    for file in (folder / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0")
+    said = rf"{folder}/6: .*delete this folder alone: then the run goes on from step 3\)"
+    with pytest.raises(EgjaxError, match=said):
+        run(tmp_path)
+    shutil.rmtree(folder / "6")
+    same(run(tmp_path).state, whole.state)
 
 
 @pytest.mark.parametrize("log_every", [1, 100])

@@ -64,6 +64,23 @@ def test_the_gradient_is_clipped():
 def test_bad_configs_are_told():
     with pytest.raises(EgjaxError, match="warmup = 2"):
         OptimConfig(warmup=2)
+    for options, said in (
+        ({"clip": 0.0}, "clip = 0 would let nothing be learnt"),
+        ({"beta1": 1.0}, "beta1 = 1 would let nothing"),
+        ({"beta2": 1.5}, "beta2 = 1.5 is not between 0 and 1"),
+    ):
+        with pytest.raises(EgjaxError, match=said):
+            OptimConfig(**options)
+
+
+def test_micro_batches_that_do_not_divide_a_batch_are_told():
+    tx = make_optimizer(OptimConfig(), 10)
+    state = init_state(init(), tx)
+    step = make_train_step(next_token(apply), tx, accumulate=3)
+    with pytest.raises(EgjaxError, match="3 micro-batches do not divide 4 rows"):
+        step(state, next(batches()), jax.random.key(0))
+    with pytest.raises(EgjaxError, match="0 micro-batches a step"):
+        make_train_step(next_token(apply), tx, accumulate=0)
 
 
 def test_loss_falls_and_norms_are_logged():

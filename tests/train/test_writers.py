@@ -109,6 +109,14 @@ def test_wandb_gets_what_was_logged(tmp_path, monkeypatch):
     assert calls[1:3] == [(1, {"loss": 0.5}), "finish"]
     assert calls[0] == calls[3]  # the same directory goes on with the same run
     assert calls[0]["name"] == "dpo"
+    named = [{"inputs": "a", "config": {"seed": 1}}, {"inputs": "b"}, {"inputs": "a"}]
+    calls.clear()
+    for options in named:
+        with writers(["wandb"], tmp_path / "out", "dpo", **options):
+            pass
+    begun = [call for call in calls if call != "finish"]
+    assert [one["config"] for one in begun] == [{"seed": 1}, {}, {}]
+    assert begun[0]["id"] == begun[2]["id"] != begun[1]["id"]
 
 
 def history(path):
