@@ -65,6 +65,9 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` of a folder, this project's or Hugging Face's.
 
+        What the file says of padding and cutting is left out: `encode` gives all of a text, and
+        nothing else.
+
         Raises:
             EgjaxError: the file is missing or cannot be read.
         """
@@ -72,13 +75,16 @@ class Tokenizer:
         if not path.is_file():
             raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
         try:
-            return cls(
-                require("tokenizers", "lm").Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend = require("tokenizers", "lm").Tokenizer.from_str(
+                path.read_text(encoding="utf-8")
             )
         except ImportError:
             raise
         except Exception as error:  # the library raises plain Exception
             raise EgjaxError(f"not a tokenizer: {error}", where=str(path)) from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and what transformers' `AutoTokenizer` needs beside it."""

@@ -1,4 +1,5 @@
 import pytest
+import tokenizers
 
 from egjax.errors import EgjaxError
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -49,6 +50,20 @@ def test_saved_tokenizer_loads_here_and_in_transformers(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(TEXTS[3])["input_ids"] == tokenizer.encode(TEXTS[3])
     assert (theirs.pad_token, theirs.bos_token, theirs.eos_token) == (PAD, BOS, EOS)
+
+
+def test_padding_and_cutting_of_a_file_are_left_out(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = str(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(file)
+    backend.enable_truncation(4)
+    backend.enable_padding(pad_id=0, pad_token=PAD, length=64)
+    backend.save(file)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert loaded.encode_with_ends(TEXTS[0]) == tokenizer.encode_with_ends(TEXTS[0])
+    texts = [TEXTS[0], "Walk"]
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
 
 
 def test_bad_files_and_sizes_are_refused(tmp_path):
