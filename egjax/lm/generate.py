@@ -262,7 +262,8 @@ def draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:
 def sampling_logits(logits: Array, temperature: Array, top_p: Array) -> Array:
     """Logits [..., V] of what is drawn from at a temperature above 0: -inf outside the smallest set
     of probability at least `top_p`."""
-    scaled = logits / temperature
+    # Below that the noise decides nothing, and quotients would overflow.
+    scaled = logits / jnp.maximum(temperature, 1e-6)
     return jax.lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
 
 
