@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -143,12 +143,15 @@ class Files:
     Args:
         paths: the files.
         stack: closes them.
+        index: name of the file that holds a tensor, by the tensor's name, where several might.
 
     Raises:
         EgjaxError: a file is missing, cut short or otherwise unreadable.
     """
 
-    def __init__(self, paths: Sequence[Path], stack: ExitStack):
+    def __init__(
+        self, paths: Sequence[Path], stack: ExitStack, index: Mapping[str, str] | None = None
+    ):
         safetensors = require("safetensors", "lm")
         self._folder = paths[0].parent
         self._handles: dict[str, Any] = {}
@@ -162,7 +165,9 @@ class Files:
                 raise EgjaxError(
                     f"cannot be read: {error}", where=str(path), remedy="download it again"
                 ) from error
-            self._handles.update({name: (path, handle) for name in handle.keys()})  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                if (index or {}).get(name, path.name) == path.name:
+                    self._handles[name] = (path, handle)
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -206,11 +211,11 @@ def _why_missing(path: Path) -> str:
     return "weights are read from safetensors only"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+def _weights(folder: Path, stack: ExitStack) -> Files:
+    """The tensors of a checkpoint; as in transformers a single file goes before an index."""
     index = folder / INDEX
-    if not index.is_file():
-        return [folder / SINGLE]
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return Files([folder / SINGLE], stack)
     weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise EgjaxError("has no weight_map", where=str(index))
@@ -220,7 +225,36 @@ def _weight_files(folder: Path) -> list[Path]:
             raise EgjaxError(
                 f"names {name!r}, which is no safetensors file of this folder", where=str(index)
             )
-    return [folder / name for name in names]
+    return Files([folder / name for name in names], stack, weights)
+
+
+def _refuse_others(files: Files, config: LlamaConfig, known: set[str]) -> None:
+    """Refuses tensors that the configuration does not account for: the model they are of computes
+    something else."""
+    # Old checkpoints have the rotary wavelengths, which follow from the configuration.
+    others = {name for name in files.names() if not name.endswith("rotary_emb.inv_freq")} - known
+    head, embedding = _OUTSIDE[("unembedding",)], _OUTSIDE[("embedding",)]
+    if config.tie_embeddings and head in others:
+        others.remove(head)
+        shape = (config.vocab_size, config.hidden_size)
+        files.check(head, shape)
+        # Some thousand rows at a time: neither is small.
+        for start in range(0, config.vocab_size, 4096):
+            rows = (slice(start, min(start + 4096, config.vocab_size)),)
+            if not np.array_equal(files.read(head, rows), files.read(embedding, rows)):
+                raise EgjaxError(
+                    f"tensor {head} is not the embedding, with which the configuration ties it",
+                    where=files.where(head),
+                    remedy='"tie_word_embeddings": false in config.json, if it is to count',
+                )
+    if others:
+        first, *more = sorted(others)
+        told = f" and {len(more)} more" if more else ""
+        raise EgjaxError(
+            f"tensor {first}{told} is not of the model that the configuration describes",
+            where=files.where(first),
+            remedy=_MISMATCH,
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -257,7 +291,8 @@ def load(
 
     Raises:
         EgjaxError: a file is missing or unreadable, the architecture is not a Llama or has a
-            feature that is not supported, a tensor is missing, of the wrong shape or not finite.
+            feature that is not supported, a tensor is missing, of the wrong shape or not finite,
+            or there is one that the configuration does not account for.
     """
     folder = Path(folder)
     config = LlamaConfig.from_hf(read_json(folder / CONFIG), where=str(folder / CONFIG))
@@ -274,11 +309,12 @@ def load(
         config = replace(config, vocab_size=vocab_size)
     placement = None if mesh is None else shardings(config, mesh)
     with ExitStack() as stack:
-        files = Files(_weight_files(folder), stack)
+        files = _weights(folder, stack)
         # The files' shapes are those before a padded vocabulary is cut.
-        for place in _places(padded).values():
-            for name in place.names:
-                files.check(name, place.outer)
+        outer = {n: place.outer for place in _places(padded).values() for n in place.names}
+        for name, shape in outer.items():
+            files.check(name, shape)
+        _refuse_others(files, padded, set(outer))
         return config, read_tensors(files, table(config), _places(config), placement)
 
 

@@ -56,6 +56,55 @@ def test_sharded_files_are_read_through_their_index(folder, params):
         hf.load(folder)
 
 
+def test_each_tensor_is_read_from_the_file_that_the_index_names(folder, params):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, folder / "b.safetensors")
+    # Another file holds it, too, and comes later.
+    weights = {**dict.fromkeys(tensors, "a.safetensors"), "more": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    # As in transformers a single file goes before an index.
+    save_file(tensors, folder / "model.safetensors")
+    norm = {"model.norm.weight": tensors["model.norm.weight"] + 2}
+    save_file({**tensors, **norm}, folder / "a.safetensors")
+    same(hf.load(folder)[1], params)
+    (folder / "model.safetensors").unlink()
+    found = hf.load(folder)[1]
+    np.testing.assert_array_equal(found["final_norm"], params["final_norm"] + 2)
+
+
+def test_tensors_that_the_configuration_does_not_account_for_are_refused(
+    config, make_params, tmp_path
+):
+    config = dataclasses.replace(config, attention_bias=False, tie_embeddings=True)
+    params = make_params(config)
+    hf.save(tmp_path, config, params)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.{}.self_attn.{}"
+    others = {
+        name.format(1, "q_proj.bias"): np.ones(32, np.float32),
+        name.format(0, "q_norm.weight"): np.ones(8, np.float32),
+        name.format(3, "k_proj.weight"): np.ones((16, 24), np.float32),
+    }
+    for other, value in others.items():
+        save_file({**tensors, other: value}, weights)
+        with pytest.raises(EgjaxError, match=f"tensor {other} is not of the model"):
+            hf.load(tmp_path)
+    save_file({**tensors, **others}, weights)
+    with pytest.raises(EgjaxError, match=r"q_norm\.weight and 2 more is not"):
+        hf.load(tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    wavelengths = {name.format(0, "rotary_emb.inv_freq"): np.ones(4, np.float32)}
+    save_file({**tensors, **wavelengths, "lm_head.weight": embedding}, weights)
+    same(hf.load(tmp_path)[1], params)
+    same(hf.load(tmp_path, vocab_size=37)[1]["embedding"], params["embedding"][:37])
+    embedding = embedding.copy()
+    embedding[39, 5] += 1
+    save_file({**tensors, "lm_head.weight": embedding}, weights)
+    with pytest.raises(EgjaxError, match=r"lm_head\.weight is not the embedding"):
+        hf.load(tmp_path)
+
+
 def test_large_models_become_several_files(config, params, tmp_path):
     hf.save(tmp_path, config, params)
     hf.save(tmp_path, config, params, shard_bytes=20_000)
