@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from egjax.lm.params import Params, Spec, num_inputs, shardings, table
 __all__ = ["SHARD_BYTES", "Files", "Place", "load", "read_json", "read_tensors", "save", "write"]
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 SHARD_BYTES = 5 * 10**9
 """Largest file that `save` writes; larger models become several files and an index."""
 
@@ -396,7 +398,8 @@ def save(
         shard_bytes: largest file of weights; more become several files and an index.
 
     Raises:
-        EgjaxError: the files cannot be written.
+        EgjaxError: the files cannot be written, or the parameters are not those of the config
+            alone: with an adapter attached, in eight bits, with their layers apart.
     """
     folder = Path(folder)
     tensors = _Tensors(config, params)
@@ -428,8 +431,8 @@ def save(
         for path in parts:
             path.replace(path.with_suffix(""))
         # Weights of an earlier model in other files would be read in place of these.
-        for path in {*folder.glob("model*.safetensors"), folder / INDEX}:
-            if path.name not in (*files, *texts):
+        for path in list(folder.iterdir()):
+            if _OWN.fullmatch(path.name) and path.name not in (*files, *texts):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise EgjaxError(f"cannot be written: {error}", where=str(folder)) from error
@@ -442,6 +445,7 @@ class _Tensors:
     """The tensors of a model as a file names and shapes them, one at a time."""
 
     def __init__(self, config: LlamaConfig, params: Params):
+        _check_params(config, params)
         self._where: dict[str, tuple[Place, Any, int]] = {}
         for keys, place in _places(config).items():
             node: Any = params
@@ -465,6 +469,36 @@ class _Tensors:
     def value(self, name: str) -> np.ndarray:
         place, array, layer = self._where[name]
         return place.outward(np.asarray(jax.device_get(array[layer] if place.stacked else array)))
+
+
+def _check_params(config: LlamaConfig, params: Params) -> None:
+    """Refuses parameters that are not those of the table: in a file they would be another model."""
+    given = dict(jax.tree_util.tree_leaves_with_path(params))
+    wanted = dict(jax.tree_util.tree_leaves_with_path(table(config)))
+    names = {jax.tree_util.keystr(path) for path in given}
+    reasons = {
+        "_lora_": ("an adapter is attached", "merge it first: egjax.lm.lora.merge"),
+        "_scale'": ("the matrices are in eight bits", "save the model before int8.quantize"),
+        "['layers'][0]": ("the layers are apart", "save the model before params.unstacked"),
+    }
+    for sign, (what, remedy) in reasons.items():
+        if any(sign in name for name in names):
+            raise EgjaxError(f"not saved: {what}", remedy=remedy)
+    for path, spec in wanted.items():
+        name = jax.tree_util.keystr(path)
+        if path not in given:
+            raise EgjaxError(f"not saved: there is no {name}", remedy=_MISMATCH)
+        array = given.pop(path)
+        if array.shape != spec.shape:
+            raise EgjaxError(
+                f"not saved: {name} has shape {list(array.shape)}, expected {list(spec.shape)}",
+                remedy=_MISMATCH,
+            )
+        if array.dtype.name not in _DTYPES:
+            raise EgjaxError(f"not saved: {name} is of type {array.dtype.name}")
+    if given:
+        name = jax.tree_util.keystr(next(iter(given)))
+        raise EgjaxError(f"not saved: the config has no {name}", remedy=_MISMATCH)
 
 
 def write(

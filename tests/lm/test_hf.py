@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
-from egjax.lm import hf
+from egjax.lm import hf, int8, lora
 from egjax.lm.model import forward
-from egjax.lm.params import abstract, count
+from egjax.lm.params import abstract, count, unstacked
 
 
 @pytest.fixture
@@ -233,6 +233,39 @@ def test_missing_and_broken_files_are_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(EgjaxError, match=r"config\.json: file is missing"):
         hf.load(folder)
+
+
+def test_what_is_no_model_of_the_config_is_not_saved(config, params, folder):
+    adapted = lora.LoraConfig(rank=2)
+    adapter = lora.init(jax.random.key(0), config, adapted)
+    attached = lora.attach(params, adapter, adapted)
+    before = (folder / "model.safetensors").read_bytes()
+    for wrong, message in (
+        (attached, r"an adapter is attached .merge it first"),
+        (lora.Pair(attached), "an adapter is attached"),
+        (int8.quantize(params), "the matrices are in eight bits"),
+        (unstacked(params), "the layers are apart"),
+        ({**params, "more": params["final_norm"]}, r"the config has no \['more'\]"),
+        ({**params, "embedding": params["embedding"][:3]}, r"\['embedding'\] has shape \[3, 24\]"),
+        ({k: v for k, v in params.items() if k != "final_norm"}, "there is no .*final_norm"),
+        ({**params, "final_norm": params["final_norm"].astype(int)}, "is of type int32"),
+    ):
+        with pytest.raises(EgjaxError, match=message):
+            hf.save(folder, config, wrong)
+    for layers in (2, 4):
+        with pytest.raises(EgjaxError, match=rf"has shape \[3, .* expected \[{layers}, "):
+            hf.save(folder, dataclasses.replace(config, num_layers=layers), params)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_files_of_another_kind_are_kept(folder, config, params):
+    kept = ("model_ema.safetensors", "model-best.safetensors", "model-00001-of-00002.safetensors.x")
+    gone = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*kept, *gone):
+        (folder / name).write_bytes(b"mine")
+    hf.save(folder, config, params)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", *kept}
 
 
 def test_a_failed_save_leaves_the_old_files(folder, config, params, monkeypatch):
