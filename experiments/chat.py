@@ -31,7 +31,7 @@ from egjax.evals.manifest import write_atomic
 from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.evals.tokens import Step, as_html, as_png, as_table, side_by_side
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
-from egjax.lm.ensemble import Combine, Models, first
+from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import Generation, completions, generate, pad_prompts
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import speculate
@@ -42,7 +42,7 @@ from experiments.common import atomic_path, finished, note, run_main
 from experiments.data import HouseTask, assignments, make_task, programs
 from experiments.distill import Ratio
 from experiments.evaluate import NAMES
-from experiments.models import asked, check_one_vocabulary, for_decoding, load
+from experiments.models import asked, cut_to, described, for_decoding, load
 from experiments.own import Start
 from experiments.solve import own_task
 from experiments.training import MODEL
@@ -195,17 +195,26 @@ def _party(config: Config) -> Party:
                 "π̄ needs three models", remedy="--large-from, --expert-from and --base-from"
             )
         starts = {name: Start.at(folder) for name, folder in given.items()}
-        loaded = {name: start.load() for name, start in starts.items()}
+        # Before any weights are read. A prompt is a text, so chat templates do not matter.
+        check_vocabularies(
+            {NAMES[name]: start.tokenizer.vocab_size for name, start in starts.items()},
+            {NAMES[name]: start.tokenizer.fingerprint for name, start in starts.items()},
+        )
+        loaded = {name: start.load(cut=True) for name, start in starts.items()}
         tokenizer = starts["large"].tokenizer
     else:
         wanted = _THREE if config.model == "ratio" else (config.model,)
-        loaded = {}
-        for name in wanted:
-            stage = f"seed{config.seed}/{_STAGES[name]}"
-            loaded[name] = load(finished(config.run, stage, made_by="pipeline").path / MODEL)
+        stages = {name: f"seed{config.seed}/{_STAGES[name]}" for name in wanted}
+        paths = {
+            name: finished(config.run, stage, made_by="pipeline").path / MODEL
+            for name, stage in stages.items()
+        }
         text = finished(config.run, "text", made_by="text")
         tokenizer = Tokenizer.load(text.path / "tokenizer")
-    check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
+        spoken = {NAMES[name]: described(path)[1] for name, path in paths.items()}
+        check_vocabularies({}, {**spoken, "the run's text": tokenizer.fingerprint})
+        size = tokenizer.vocab_size
+        loaded = {name: cut_to(load(path), size) for name, path in paths.items()}
     loaded = {name: for_decoding(model) for name, model in loaded.items()}
     models = [(loaded[name].params, loaded[name].config) for name in wanted]
     three = len(wanted) == 3

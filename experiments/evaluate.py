@@ -58,6 +58,7 @@ from experiments.models import (
     answered,
     asked,
     check_one_vocabulary,
+    cut_to,
     for_decoding,
     load,
     plans_of,
@@ -146,12 +147,12 @@ def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> D
     inputs |= {name: done.fingerprint for name, done in models.items()}
 
     def work(out: Path) -> None:
-        loaded = {
-            name: for_decoding(load(done.path / MODEL, int8=config.int8 and name == "large"))
-            for name, done in models.items()
-        }
-        check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         tokenizer = Tokenizer.load(text.path / "tokenizer")
+        loaded = {}
+        for name, done in models.items():
+            model = load(done.path / MODEL, int8=config.int8 and name == "large")
+            loaded[name] = for_decoding(cut_to(model, tokenizer.vocab_size))
+        check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         players = _players(loaded, config)
         # Each model's plans, questions of a kind and probe are a unit that one process does.
         units: dict[str, Callable[[], Any]] = {}

@@ -8,7 +8,6 @@ such a folder again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import check_vocabularies
 from egjax.lm.template import ChatTemplate
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.checkpoint import read_metadata
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
-from experiments.models import Model
+from experiments.models import Model, cut_to, described
 from experiments.models import load as load_run_model
 from experiments.training import MODEL, Training, gathered
 
@@ -78,14 +76,15 @@ class Start:
         """Finds a model, reads what is small.
 
         Raises:
-            EgjaxError: there is none, or its tokenizer has more tokens than it.
+            EgjaxError: there is none, or its tokenizer is not its own or has more tokens than it.
         """
         inside = model_folder(folder)
+        spoken = None
         if (inside / _CONFIG).is_file():
             words = inside
-            config = LlamaConfig.from_hf(_fields(inside), where=str(inside / _CONFIG))
+            config = hf.read_config(inside)
         else:
-            config = LlamaConfig.from_hf(read_metadata(inside)["config"], where=str(inside))
+            config, spoken = described(inside)
             places = [parent / "text" / "tokenizer" for parent in inside.absolute().parents[:4]]
             words = next((place for place in places if place.is_dir()), inside)
         tokenizer = Tokenizer.load(words)
@@ -94,6 +93,10 @@ class Start:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
                 where=str(folder),
                 remedy="they belong to different models",
+            )
+        if spoken not in (None, tokenizer.fingerprint):
+            raise EgjaxError(
+                f"the model was not trained with the tokenizer in {words}", where=str(folder)
             )
         return cls(inside, words, config, tokenizer, ChatTemplate.load(words))
 
@@ -113,12 +116,18 @@ class Start:
             None if count == self.config.vocab_size else jnp.arange(self.config.vocab_size) < count
         )
 
-    def load(self) -> Model:
-        """The weights."""
+    def load(self, *, cut: bool = False) -> Model:
+        """The weights.
+
+        Args:
+            cut: without columns that no token has, for decoding. What is trained keeps them.
+        """
+        size = self.tokenizer.vocab_size
         if (self.folder / _CONFIG).is_file():
-            config, params = hf.load(self.folder)
+            config, params = hf.load(self.folder, vocab_size=size if cut else None)
             return Model(params, config, self.tokenizer.fingerprint)
-        return load_run_model(self.folder)
+        model = load_run_model(self.folder)
+        return cut_to(model, size) if cut else model
 
     def write(self, folder: Path, model: Model) -> None:
         """Writes a model trained from this one as a Hugging Face folder with the same tokenizer."""
@@ -148,16 +157,6 @@ def model_folder(folder: Path) -> Path:
         where=str(folder),
         remedy="give a Hugging Face folder, or the folder of a stage of a run",
     )
-
-
-def _fields(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EgjaxError(f"not JSON: {error}", where=str(folder / _CONFIG)) from error
-    if not isinstance(fields, dict):
-        raise EgjaxError("not a JSON object", where=str(folder / _CONFIG))
-    return fields
 
 
 def defaults(config: type[T], learning_rate: float) -> Callable[[Sequence[str]], T]:

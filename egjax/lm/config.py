@@ -104,6 +104,26 @@ class LlamaConfig:
         """Query heads that share one key and value head."""
         return self.num_heads // self.num_kv_heads
 
+    def cut(self, vocab_size: int) -> LlamaConfig:
+        """The config of a model of which only so many tokens are kept.
+
+        Raises:
+            EgjaxError: it has fewer, or a mark that starts or ends a text would go.
+        """
+        if vocab_size > self.vocab_size:
+            raise EgjaxError(
+                f"the model has {self.vocab_size} tokens, {vocab_size} are wanted",
+                remedy="the tokenizer belongs to another model",
+            )
+        for token in (self.bos_id, *self.eos_ids):
+            if token is not None and token >= vocab_size:
+                raise EgjaxError(
+                    f"token {token} starts or ends a text, the tokenizer has {vocab_size}",
+                    remedy="the tokenizer belongs to another model",
+                )
+        kept = self.pad_id is not None and self.pad_id < vocab_size
+        return replace(self, vocab_size=vocab_size, pad_id=self.pad_id if kept else None)
+
     def check_length(self, length: int, *, where: str | None = None) -> None:
         """Raises `EgjaxError` if a sequence of so many tokens is longer than the context."""
         if length > self.max_seq_len:

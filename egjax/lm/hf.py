@@ -23,12 +23,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from egjax.errors import EgjaxError, require
-from egjax.lm.config import LlamaConfig
+from egjax.lm.config import LlamaConfig, read_ids
 from egjax.lm.params import Params, Spec, num_inputs, shardings, table
 
-__all__ = ["SHARD_BYTES", "Files", "Place", "load", "read_json", "read_tensors", "save", "write"]
+__all__ = [
+    "SHARD_BYTES",
+    "Files",
+    "Place",
+    "load",
+    "read_config",
+    "read_json",
+    "read_tensors",
+    "save",
+    "write",
+]
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 SHARD_BYTES = 5 * 10**9
 """Largest file that `save` writes; larger models become several files and an index."""
@@ -264,12 +275,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EgjaxError(f"not JSON: {error}", where=str(path)) from error
     if not isinstance(fields, dict):
         raise EgjaxError("not a JSON object", where=str(path))
     return fields
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The config of a Hugging Face folder. Ids that end a text are those of `config.json` and, as
+    transformers decodes by them, of `generation_config.json`.
+
+    Raises:
+        EgjaxError: as for `load`.
+    """
+    path, decoding = Path(folder) / CONFIG, Path(folder) / GENERATION
+    fields = read_json(path)
+    config = LlamaConfig.from_hf(fields, where=str(path))
+    if not decoding.is_file():
+        return config
+    more = read_ids(read_json(decoding), "eos_token_id", config.vocab_size, where=str(decoding))
+    # Without the default where the first file names none.
+    own = () if more and fields.get("eos_token_id") is None else config.eos_ids
+    return replace(config, eos_ids=tuple(dict.fromkeys((*own, *more))))
 
 
 def load(
@@ -297,18 +326,12 @@ def load(
             or there is one that the configuration does not account for.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_hf(read_json(folder / CONFIG), where=str(folder / CONFIG))
+    config = read_config(folder)
     if dtype is not None:
         config = replace(config, dtype=dtype)
     padded = config
     if vocab_size is not None:
-        if vocab_size > config.vocab_size:
-            raise EgjaxError(
-                f"the model has {config.vocab_size} tokens, {vocab_size} are wanted",
-                where=str(folder / CONFIG),
-                remedy="the tokenizer belongs to another model",
-            )
-        config = replace(config, vocab_size=vocab_size)
+        config = config.cut(vocab_size)
     placement = None if mesh is None else shardings(config, mesh)
     with ExitStack() as stack:
         files = _weights(folder, stack)

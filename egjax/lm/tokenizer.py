@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -100,10 +101,10 @@ class Tokenizer:
         }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, the special ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """Number of ids, those of special tokens included; an id in between may have no token."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def fingerprint(self) -> str:

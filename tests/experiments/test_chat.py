@@ -1,9 +1,12 @@
 """One turn and a conversation with models that know nothing."""
 
+import dataclasses
 import io
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from egjax.errors import EgjaxError
@@ -111,6 +114,42 @@ def test_a_task_of_the_run_that_was_held_out_is_drawn(folders, capsys, monkeypat
     monkeypatch.setattr(chat, "_show", lambda turn, config: asked.append(turn))
     chat.main(config(folders, run=tmp_path))
     assert asked == ["b", ""]
+
+
+def padded(folders, name, to, vocab_size):
+    """A model whose vocabulary is padded with tokens that nothing writes and it likes best."""
+    plain, params = hf.load(folders / name)
+    more = ((0, vocab_size - plain.vocab_size), (0, 0))
+    params["embedding"] = jnp.pad(params["embedding"], more, constant_values=9.0)
+    hf.save(to, dataclasses.replace(plain, vocab_size=vocab_size), params)
+    shutil.copy(folders / name / "tokenizer.json", to)
+    return to
+
+
+def test_padding_of_vocabularies_does_not_matter(folders, capsys, tmp_path):
+    large = padded(folders, "large", tmp_path / "large", 320)
+    expert = padded(folders, "expert", tmp_path / "expert", 288)
+    options = {"prompt": "Q: How?", "temperature": 1.0, "max_new_tokens": 8}
+    for changes in ({}, {"expert_from": None, "base_from": None}):
+        chat.main(config(folders, **options, **changes))
+        chat.main(
+            config(folders, **{**options, "large_from": large, "expert_from": expert, **changes})
+        )
+        plain, cut = turns(capsys.readouterr().out)
+        assert cut["completion"] == plain["completion"]
+        assert cut["tokens"][0]["choices"].keys() == plain["tokens"][0]["choices"].keys()
+
+
+def test_tokenizers_are_compared_before_weights_are_read(folders, tmp_path):
+    words = Tokenizer.train(["Zebras quilt. Vex jumpy dwarfs nightly."] * 3, vocab_size=280)
+    shutil.copytree(folders / "expert", tmp_path / "expert")
+    words.save(tmp_path / "expert")
+    (tmp_path / "expert" / "model.safetensors").write_bytes(b"broken")
+    shutil.copytree(folders / "large", tmp_path / "large")
+    (tmp_path / "large" / "model.safetensors").write_bytes(b"broken")
+    given = {"large_from": tmp_path / "large", "expert_from": tmp_path / "expert"}
+    with pytest.raises(EgjaxError, match="tokenizers differ: πᴸ has"):
+        chat.main(config(folders, prompt="Q:", **given))
 
 
 def test_people_see_a_table(folders, capsys):

@@ -175,6 +175,24 @@ def test_a_padded_vocabulary_is_cut(folder, config, params, tokens):
         hf.load(folder, vocab_size=41)
 
 
+def test_ends_of_the_generation_config_count_too(folder, config, params):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 33], "bos_token_id": 1}))
+    assert hf.load(folder)[0] == dataclasses.replace(config, eos_ids=(2, 33))
+    path.write_text(json.dumps({"eos_token_id": 34}))
+    assert hf.read_config(folder).eos_ids == (2, 34)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert hf.read_config(folder).eos_ids == (34,)
+    with pytest.raises(EgjaxError, match="token 34 starts or ends a text, the tokenizer has 34"):
+        hf.load(folder, vocab_size=34)
+    for wrong in (40, "x", -1):
+        path.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(EgjaxError, match=r"generation_config\.json: field 'eos_token_id'"):
+            hf.load(folder)
+
+
 def test_dtype_may_be_chosen(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import tokenizers
 
@@ -64,6 +66,21 @@ def test_padding_and_cutting_of_a_file_are_left_out(tokenizer, tmp_path):
     assert loaded.encode_with_ends(TEXTS[0]) == tokenizer.encode_with_ends(TEXTS[0])
     texts = [TEXTS[0], "Walk"]
     assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+def test_an_id_beyond_a_gap_counts(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocabulary = fields["model"]["vocab"]
+    (last,) = (token for token, number in vocabulary.items() if number == 319)
+    vocabulary[last] = 330
+    file.write_text(json.dumps(fields))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab_size == 331
+    pieces = loaded.token_bytes()
+    assert (len(pieces), pieces[319]) == (331, b"")
+    assert pieces[330] == tokenizer.token_bytes()[319]
 
 
 def test_bad_files_and_sizes_are_refused(tmp_path):
