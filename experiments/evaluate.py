@@ -55,13 +55,13 @@ from experiments.data import HouseTask, load_tasks
 from experiments.distill import Ratio
 from experiments.models import (
     Model,
-    answered,
     asked,
     check_one_vocabulary,
     cut_to,
     for_decoding,
     load,
     plans_of,
+    worded,
 )
 from experiments.text import load_samples
 from experiments.training import MODEL
@@ -280,9 +280,7 @@ def _scores(
     """Length-normalised log-probability of each choice: float[n, most], and which are choices."""
     config = models[0][1]
     pairs = [
-        (asked(config, tokenizer.encode(s.prompt)), answered(config, tokenizer, choice))
-        for s in samples
-        for choice in s.choices or ()
+        worded(config, tokenizer, s.prompt, choice) for s in samples for choice in s.choices or ()
     ]
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     logps, lengths = [], []

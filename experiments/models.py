@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "plans_of",
     "save",
+    "worded",
 ]
 
 
@@ -176,6 +177,21 @@ def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:
     return [*([] if config.bos_id is None else [config.bos_id]), *tokens]
 
 
+def worded(
+    config: LlamaConfig, tokenizer: Tokenizer, prompt: str, completion: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, after the mark that starts a text, and of its completion, before the one
+    that ends it.
+
+    Both are one text to the tokenizer, as in `egjax.train.jsonl`: one that begins each text with a
+    space would begin the completion with a second one. A token is the completion's if its last
+    character is.
+    """
+    ids, ends = tokenizer.encode_with_ends(f"{prompt} {completion}")
+    count = sum(end <= len(prompt) for end in ends)
+    return asked(config, ids[:count]), [*ids[count:], *config.eos_ids[:1]]
+
+
 def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list[int]:
     """Tokens of a completion with the mark that ends it."""
     return [*tokenizer.encode(f" {completion}"), *config.eos_ids[:1]]
@@ -183,8 +199,7 @@ def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list
 
 def as_sample(text: Text, tokenizer: Tokenizer, config: LlamaConfig, weight: float = 1.0) -> Sample:
     """Tokens of a prompt and its completion; only the completion and the end are learnt."""
-    prompt = asked(config, tokenizer.encode(text.prompt))
-    answer = answered(config, tokenizer, text.completion)
+    prompt, answer = worded(config, tokenizer, text.prompt, text.completion)
     return Sample([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), weight)
 
 
