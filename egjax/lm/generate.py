@@ -7,6 +7,7 @@ matters. Shapes depend on the bucketed length alone: one compilation serves many
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -105,9 +106,13 @@ def check_settings(
     """Refuses what no decoder here can do; arguments as in `generate`.
 
     Raises:
-        EgjaxError: the models' vocabularies differ in size, the context is too short, or a
-            setting is out of range.
+        EgjaxError: there is no model, the models' vocabularies differ in size, the context is too
+            short, or a setting is out of range.
     """
+    if not models:
+        raise EgjaxError("there is no model to decode")
+    if max_new_tokens < 1:
+        raise EgjaxError(f"{max_new_tokens} new tokens", remedy="at least 1")
     check_vocabularies({f"model {i}": config.vocab_size for i, (_, config) in enumerate(models)})
     slots = prompts.tokens.shape[1] + max_new_tokens
     for _, config in models:
@@ -117,7 +122,8 @@ def check_settings(
                 f"exceed the context of {config.max_seq_len}",
                 remedy="shorten the prompts, max_new_tokens or the bucket",
             )
-    if temperature < 0 or not 0 < top_p <= 1:
+    # NaN is in no range.
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise EgjaxError(f"temperature {temperature}, top_p {top_p}", remedy="≥ 0 and in (0, 1]")
 
 

@@ -173,8 +173,17 @@ def test_bad_settings_are_refused(model):
     prompts = pad_prompts(PROMPTS, pad_id=0, bucket=8)
     with pytest.raises(EgjaxError, match="context of 64"):
         generate([model], prompts, KEY, max_new_tokens=57)
-    with pytest.raises(EgjaxError, match="temperature"):
-        generate([model], prompts, KEY, max_new_tokens=2, temperature=-1.0)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(EgjaxError, match="temperature"):
+            generate([model], prompts, KEY, max_new_tokens=2, temperature=temperature)
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(EgjaxError, match="top_p"):
+            generate([model], prompts, KEY, max_new_tokens=2, top_p=top_p)
+    for count in (0, -3):
+        with pytest.raises(EgjaxError, match=f"{count} new tokens .at least 1"):
+            generate([model], prompts, KEY, max_new_tokens=count)
+    with pytest.raises(EgjaxError, match="no model"):
+        generate([], prompts, KEY, max_new_tokens=2)
     with pytest.raises(EgjaxError, match="empty"):
         pad_prompts([[1], []], pad_id=0)
     with pytest.raises(EgjaxError, match="2 prompts for a batch of 1"):
