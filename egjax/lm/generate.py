@@ -274,12 +274,15 @@ def sampling_logits(logits: Array, temperature: Array, top_p: Array) -> Array:
 
 
 def _nucleus(logits: Array, top_p: Array) -> Array:
-    """Logits [..., V] with -inf outside the smallest set of probability at least `top_p`."""
+    """Logits [..., V] with -inf outside the smallest set of probability at least `top_p`; of equal
+    ones those of the lower ids belong to it."""
     descending = -jnp.sort(-logits, axis=-1)
     shares = jax.nn.softmax(descending, axis=-1)
     kept = jnp.cumsum(shares, axis=-1) - shares < top_p
     lowest = jnp.where(kept, descending, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    above, equal = logits > lowest, logits == lowest
+    room = (kept.sum(axis=-1) - above.sum(axis=-1))[..., None]
+    return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
 
 
 def completions(generation: Generation, eos_ids: Sequence[int]) -> list[list[int]]:

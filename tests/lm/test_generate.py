@@ -7,7 +7,13 @@ import pytest
 
 from egjax.errors import EgjaxError
 from egjax.lm.ensemble import check_vocabularies, first
-from egjax.lm.generate import _generate, completions, generate, pad_prompts
+from egjax.lm.generate import (
+    _generate,
+    completions,
+    generate,
+    pad_prompts,
+    sampling_logits,
+)
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 from egjax.losses import behaviour_ratio
@@ -135,6 +141,19 @@ def test_draws_follow_the_models_distribution(model):
     )
     drawn = set(nucleus.tokens[:, 0].tolist())
     assert drawn == set(np.argsort(-np.asarray(expected))[:2].tolist())
+
+
+def test_the_nucleus_is_the_smallest_set_also_where_tokens_are_alike():
+    for shares, top_p, expected in (
+        ([1 / 8] * 8, 0.5, [0, 1, 2, 3]),
+        ([0.3, 0.4, 0.3, 0.0], 0.6, [0, 1]),
+        ([0.3, 0.4, 0.3, 0.0], 0.8, [0, 1, 2]),
+        ([0.1, 0.5, 0.4, 0.0], 0.3, [1]),
+    ):
+        logits = jnp.log(jnp.array([shares, shares[::-1]]))
+        kept = jnp.isfinite(sampling_logits(logits, jnp.float32(1), jnp.float32(top_p)))
+        assert np.flatnonzero(kept[0]).tolist() == expected
+        assert kept[1].sum() == len(expected)
 
 
 def test_draws_of_a_row_are_independent(model):
