@@ -127,6 +127,11 @@ class Tokenizer:
             raise EgjaxError(f"the vocabulary has no token {token!r}")
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """Id of the special token that is written so, which no text holds; None where none is."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return next((i for i, one in added if one.special and one.content == text), None)
+
     def token(self, token_id: int) -> str:
         """A token as the vocabulary writes it, such as `"<eos>"`; its number where it has none."""
         return self._backend.id_to_token(token_id) or f"<{token_id}>"

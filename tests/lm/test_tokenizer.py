@@ -32,6 +32,7 @@ def test_special_tokens_come_first_and_are_left_out_of_text(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("Walk"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "Walk"
     assert tokenizer.token_id(EOS) == 2
+    assert (tokenizer.special_id(EOS), tokenizer.special_id("Walk")) == (2, None)
     with pytest.raises(EgjaxError, match="<mask>"):
         tokenizer.token_id("<mask>")
 
