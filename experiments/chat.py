@@ -14,6 +14,7 @@ run, or Hugging Face folders of one tokenizer. Half a minute on two CPU cores, m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ from egjax.evals.manifest import write_atomic
 from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.evals.tokens import Step, as_html, as_png, as_table, side_by_side
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
-from egjax.lm.ensemble import Combine, Models, first
+from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import Generation, completions, generate, pad_prompts
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.speculate import speculate
@@ -42,8 +43,8 @@ from experiments.common import atomic_path, finished, note, run_main
 from experiments.data import HouseTask, assignments, make_task, programs
 from experiments.distill import Ratio
 from experiments.evaluate import NAMES
-from experiments.models import asked, check_one_vocabulary, for_decoding, load
-from experiments.own import Start
+from experiments.models import asked, cut_to, described, for_decoding, load
+from experiments.own import Start, unused
 from experiments.solve import own_task
 from experiments.training import MODEL
 
@@ -92,7 +93,8 @@ class Config:
     max_new_tokens: int = 96
     """Longest completion in tokens."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text that ends a completion; may be given several times."""
+    """Text that ends a completion, or a special token such as "<eos>"; "\\n" is a line end. May be
+    given several times."""
     legal: bool = False
     """Allow only steps that the simulator accepts; for tasks."""
     drafts: int = 0
@@ -112,6 +114,7 @@ class Party(NamedTuple):
         names: columns of the table: the models, and π̄ where there are three.
         tokenizer: of all of them.
         stops: stop strings, or None.
+        words: the tokens by their bytes, with `--legal`.
     """
 
     models: Models
@@ -119,6 +122,7 @@ class Party(NamedTuple):
     names: tuple[str, ...]
     tokenizer: Tokenizer
     stops: Stops | None
+    words: Vocabulary | None
 
 
 class Turn(NamedTuple):
@@ -144,11 +148,12 @@ def main(config: Config) -> None:
             where="--picture",
             remedy="e.g. --task NAME --picture why.png",
         )
-    if config.legal and config.prompt:
-        raise EgjaxError("a prompt has no simulator", where="--legal", remedy="give a task")
+    _check(config)
+    # As in a prompt; what a shell passes as "\\n" is a line end.
+    config = dataclasses.replace(config, stop=tuple(_unescaped(text) for text in config.stop))
     party = _party(config)
     if once:
-        turn = _turn(config, party, config.prompt.replace("\\n", "\n"), _task(config, config.task))
+        turn = _turn(config, party, _unescaped(config.prompt), _task(config, config.task))
         _show(turn, config)
         if config.picture is not None:
             _picture(turn, config.picture)
@@ -160,10 +165,33 @@ def main(config: Config) -> None:
         try:
             word, _, rest = line.partition(" ")
             named = (rest.strip() or next(drawn)) if word == "task" else ""
-            text = "" if named else line.replace("\\n", "\n")
+            text = "" if named else _unescaped(line)
             _show(_turn(config, party, text, _task(config, named)), config)
         except EgjaxError as error:
             note(f"error: {error}")
+
+
+def _check(config: Config) -> None:
+    """Refuses options out of range, and such as would have no effect."""
+    for name, least in (("top", 1), ("max_new_tokens", 1), ("drafts", 0)):
+        if getattr(config, name) < least:
+            raise EgjaxError(
+                f"{getattr(config, name)}, at least {least}", where=f"--{name.replace('_', '-')}"
+            )
+    if config.legal and config.prompt:
+        raise EgjaxError("a prompt has no simulator", where="--legal", remedy="give a task")
+    if config.legal and (config.stop or config.drafts):
+        raise EgjaxError("without --stop and --drafts", where="--legal")
+    if not config.scene:
+        unused(config, "goal", when="without --scene")
+    if any((config.large_from, config.expert_from, config.base_from)):
+        unused(config, "model", when="with --large-from")
+    if (config.large_from and not config.expert_from) or config.model != "ratio":
+        unused(config, "ratio", "drafts", when="with one model")
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def _asked() -> str | None:
@@ -195,27 +223,45 @@ def _party(config: Config) -> Party:
                 "π̄ needs three models", remedy="--large-from, --expert-from and --base-from"
             )
         starts = {name: Start.at(folder) for name, folder in given.items()}
-        loaded = {name: start.load() for name, start in starts.items()}
+        # Before any weights are read. A prompt is a text, so chat templates do not matter.
+        check_vocabularies(
+            {NAMES[name]: start.tokenizer.vocab_size for name, start in starts.items()},
+            {NAMES[name]: start.tokenizer.fingerprint for name, start in starts.items()},
+        )
+        loaded = {name: start.load(cut=True) for name, start in starts.items()}
         tokenizer = starts["large"].tokenizer
     else:
         wanted = _THREE if config.model == "ratio" else (config.model,)
-        loaded = {}
-        for name in wanted:
-            stage = f"seed{config.seed}/{_STAGES[name]}"
-            loaded[name] = load(finished(config.run, stage, made_by="pipeline").path / MODEL)
+        stages = {name: f"seed{config.seed}/{_STAGES[name]}" for name in wanted}
+        paths = {
+            name: finished(config.run, stage, made_by="pipeline").path / MODEL
+            for name, stage in stages.items()
+        }
         text = finished(config.run, "text", made_by="text")
         tokenizer = Tokenizer.load(text.path / "tokenizer")
-    check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
+        spoken = {NAMES[name]: described(path)[1] for name, path in paths.items()}
+        check_vocabularies({}, {**spoken, "the run's text": tokenizer.fingerprint})
+        size = tokenizer.vocab_size
+        loaded = {name: cut_to(load(path), size) for name, path in paths.items()}
     loaded = {name: for_decoding(model) for name, model in loaded.items()}
     models = [(loaded[name].params, loaded[name].config) for name in wanted]
     three = len(wanted) == 3
     names = tuple(NAMES[name] for name in wanted) + ((NAMES["ratio"],) if three else ())
-    stops = None
+    stops, words = None, None
     if config.stop:
-        size = models[0][1].vocab_size
-        stops = stop_table(config.stop, tokenizer.token_bytes(), size)
+        # A special token is no text: it ends a completion by its id.
+        special = {text: tokenizer.special_id(text) for text in config.stop}
+        texts = [text for text, token in special.items() if token is None]
+        params, own = models[0]
+        if texts:
+            stops = stop_table(texts, tokenizer.token_bytes(), own.vocab_size)
+        ends = (*own.eos_ids, *(token for token in special.values() if token is not None))
+        models[0] = params, dataclasses.replace(own, eos_ids=tuple(dict.fromkeys(ends)))
+    if config.legal:
+        own = models[0][1]
+        words = Vocabulary(tokenizer.token_bytes(), own.vocab_size, own.eos_ids)
     combine = ratio_combine(**vars(config.ratio)) if three else first
-    return Party(models, combine, names, tokenizer, stops)
+    return Party(models, combine, names, tokenizer, stops, words)
 
 
 def _task(config: Config, name: str) -> HouseTask | None:
@@ -267,12 +313,13 @@ def _decoded(
         "temperature": config.temperature,
         "top_p": config.top_p,
     }
-    if config.legal and assignment is not None:
-        if config.stop or config.drafts:
-            raise EgjaxError("without --stop and --drafts", where="--legal")
-        steps = LegalSteps(assignment.scene, assignment.state, assignment.names)
-        words = Vocabulary(party.tokenizer.token_bytes(), own.vocab_size, own.eos_ids)
-        return constrained(party.models, batch, key, [Sentences(words, steps)], **options), ""
+    if party.words is not None:
+        if assignment is None:
+            raise EgjaxError("a prompt has no simulator", where="--legal", remedy="give a task")
+        steps = Sentences(
+            party.words, LegalSteps(assignment.scene, assignment.state, assignment.names)
+        )
+        return constrained(party.models, batch, key, [steps], **options), ""
     if config.drafts and len(party.models) > 1:
         found = speculate(
             party.models, batch, key, draft=1, drafts=config.drafts, stops=party.stops, **options

@@ -55,12 +55,13 @@ from experiments.data import HouseTask, load_tasks
 from experiments.distill import Ratio
 from experiments.models import (
     Model,
-    answered,
     asked,
     check_one_vocabulary,
+    cut_to,
     for_decoding,
     load,
     plans_of,
+    worded,
 )
 from experiments.text import load_samples
 from experiments.training import MODEL
@@ -146,12 +147,12 @@ def stage(config: Config, tasks: Done, text: Done, models: dict[str, Done]) -> D
     inputs |= {name: done.fingerprint for name, done in models.items()}
 
     def work(out: Path) -> None:
-        loaded = {
-            name: for_decoding(load(done.path / MODEL, int8=config.int8 and name == "large"))
-            for name, done in models.items()
-        }
-        check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         tokenizer = Tokenizer.load(text.path / "tokenizer")
+        loaded = {}
+        for name, done in models.items():
+            model = load(done.path / MODEL, int8=config.int8 and name == "large")
+            loaded[name] = for_decoding(cut_to(model, tokenizer.vocab_size))
+        check_one_vocabulary({NAMES[name]: model for name, model in loaded.items()})
         players = _players(loaded, config)
         # Each model's plans, questions of a kind and probe are a unit that one process does.
         units: dict[str, Callable[[], Any]] = {}
@@ -279,9 +280,7 @@ def _scores(
     """Length-normalised log-probability of each choice: float[n, most], and which are choices."""
     config = models[0][1]
     pairs = [
-        (asked(config, tokenizer.encode(s.prompt)), answered(config, tokenizer, choice))
-        for s in samples
-        for choice in s.choices or ()
+        worded(config, tokenizer, s.prompt, choice) for s in samples for choice in s.choices or ()
     ]
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     logps, lengths = [], []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from egjax.errors import EgjaxError
@@ -16,7 +17,7 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import completions, generate, pad_prompts
 from egjax.lm.int8 import quantize
-from egjax.lm.params import abstract, unstacked
+from egjax.lm.params import abstract, cut, unstacked
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, read_metadata, save_params
 from egjax.train.data import Sample
@@ -32,11 +33,14 @@ __all__ = [
     "as_sample",
     "asked",
     "check_one_vocabulary",
+    "cut_to",
+    "described",
     "for_decoding",
     "host_device",
     "load",
     "plans_of",
     "save",
+    "worded",
 ]
 
 
@@ -55,6 +59,19 @@ def save(path: Path, model: Model) -> None:
     save_params(path, model.params, note)
 
 
+def described(path: Path) -> tuple[LlamaConfig, str]:
+    """Config and tokenizer's fingerprint of a model that `save` wrote, without its weights.
+
+    Raises:
+        EgjaxError: there is none.
+    """
+    note = read_metadata(path)
+    try:
+        return LlamaConfig.from_hf(note["config"], where=str(path)), note["tokenizer"]
+    except KeyError as error:
+        raise EgjaxError(f"not a model: no {error}", where=str(path)) from None
+
+
 def load(path: Path, *, int8: bool = False) -> Model:
     """Reads a model that `save` wrote.
 
@@ -64,21 +81,43 @@ def load(path: Path, *, int8: bool = False) -> Model:
             holds more.
 
     Raises:
-        EgjaxError: there is none.
+        EgjaxError: there is none, or its weights are not finite.
     """
-    note = read_metadata(path)
-    try:
-        config, tokenizer = LlamaConfig.from_hf(note["config"]), note["tokenizer"]
-    except KeyError as error:
-        raise EgjaxError(f"not a model: no {error}", where=str(path)) from None
+    config, tokenizer = described(path)
     if not int8:
-        return Model(load_params(path)[0], config, tokenizer)
+        return Model(_finite(load_params(path)[0], path), config, tokenizer)
     here = SingleDeviceSharding(host_device())
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract(config)
     )
-    small = quantize(load_params(path, like)[0])
+    small = quantize(_finite(load_params(path, like)[0], path))
     return Model(jax.device_put(small, jax.local_devices()[0]), config, tokenizer)
+
+
+def _finite(params: Any, path: Path) -> Any:
+    """The parameters; refuses them where one is NaN or infinite."""
+    for name, good in jax.tree_util.tree_leaves_with_path(_are_finite(params)):
+        if not bool(good):
+            raise EgjaxError(
+                f"{jax.tree_util.keystr(name)} holds NaN or infinite values",
+                where=str(path),
+                remedy="the training went wrong; delete the stage and run it again",
+            )
+    return params
+
+
+@jax.jit
+def _are_finite(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+
+
+def cut_to(model: Model, vocab_size: int) -> Model:
+    """A model without columns that no token of its tokenizer has: it never says one of these, and
+    goes together with models that were padded otherwise."""
+    if model.config.vocab_size == vocab_size:
+        return model
+    params = cut(model.params, vocab_size)
+    return model._replace(params=params, config=model.config.cut(vocab_size))
 
 
 def for_decoding(model: Model) -> Model:
@@ -138,6 +177,21 @@ def asked(config: LlamaConfig, tokens: Sequence[int]) -> list[int]:
     return [*([] if config.bos_id is None else [config.bos_id]), *tokens]
 
 
+def worded(
+    config: LlamaConfig, tokenizer: Tokenizer, prompt: str, completion: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, after the mark that starts a text, and of its completion, before the one
+    that ends it.
+
+    Both are one text to the tokenizer, as in `egjax.train.jsonl`: one that begins each text with a
+    space would begin the completion with a second one. A token is the completion's if its last
+    character is.
+    """
+    ids, ends = tokenizer.encode_with_ends(f"{prompt} {completion}")
+    count = sum(end <= len(prompt) for end in ends)
+    return asked(config, ids[:count]), [*ids[count:], *config.eos_ids[:1]]
+
+
 def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list[int]:
     """Tokens of a completion with the mark that ends it."""
     return [*tokenizer.encode(f" {completion}"), *config.eos_ids[:1]]
@@ -145,8 +199,7 @@ def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list
 
 def as_sample(text: Text, tokenizer: Tokenizer, config: LlamaConfig, weight: float = 1.0) -> Sample:
     """Tokens of a prompt and its completion; only the completion and the end are learnt."""
-    prompt = asked(config, tokenizer.encode(text.prompt))
-    answer = answered(config, tokenizer, text.completion)
+    prompt, answer = worded(config, tokenizer, text.prompt, text.completion)
     return Sample([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), weight)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +28,9 @@ from egjax.lm.ensemble import check_vocabularies
 from egjax.lm.template import FILE as TEMPLATE
 from egjax.lm.template import ChatTemplate, plain_source
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.checkpoint import read_metadata
 from egjax.train.jsonl import has_messages
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
-from experiments.models import Model
+from experiments.models import Model, cut_to, described
 from experiments.models import load as load_run_model
 from experiments.training import MODEL, Training, gathered
 
@@ -83,14 +81,15 @@ class Start:
         """Finds a model, reads what is small.
 
         Raises:
-            EgjaxError: there is none, or its tokenizer has more tokens than it.
+            EgjaxError: there is none, or its tokenizer is not its own or has more tokens than it.
         """
         inside = model_folder(folder)
+        spoken = None
         if (inside / _CONFIG).is_file():
             words = inside
-            config = LlamaConfig.from_hf(_fields(inside), where=str(inside / _CONFIG))
+            config = hf.read_config(inside)
         else:
-            config = LlamaConfig.from_hf(read_metadata(inside)["config"], where=str(inside))
+            config, spoken = described(inside)
             places = [parent / "text" / "tokenizer" for parent in inside.absolute().parents[:4]]
             words = next((place for place in places if place.is_dir()), inside)
         tokenizer = Tokenizer.load(words)
@@ -99,6 +98,10 @@ class Start:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
                 where=str(folder),
                 remedy="they belong to different models",
+            )
+        if spoken not in (None, tokenizer.fingerprint):
+            raise EgjaxError(
+                f"the model was not trained with the tokenizer in {words}", where=str(folder)
             )
         return cls(inside, words, config, tokenizer, ChatTemplate.load(words))
 
@@ -119,12 +122,18 @@ class Start:
             None if count == self.config.vocab_size else jnp.arange(self.config.vocab_size) < count
         )
 
-    def load(self) -> Model:
-        """The weights."""
+    def load(self, *, cut: bool = False) -> Model:
+        """The weights.
+
+        Args:
+            cut: without columns that no token has, for decoding. What is trained keeps them.
+        """
+        size = self.tokenizer.vocab_size
         if (self.folder / _CONFIG).is_file():
-            config, params = hf.load(self.folder)
+            config, params = hf.load(self.folder, vocab_size=size if cut else None)
             return Model(params, config, self.tokenizer.fingerprint)
-        return load_run_model(self.folder)
+        model = load_run_model(self.folder)
+        return cut_to(model, size) if cut else model
 
     def write(self, folder: Path, model: Model) -> None:
         """Writes a model trained from this one as a Hugging Face folder with the same tokenizer."""
@@ -175,16 +184,6 @@ def model_folder(folder: Path) -> Path:
         where=str(folder),
         remedy="give a Hugging Face folder, or the folder of a stage of a run",
     )
-
-
-def _fields(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EgjaxError(f"not JSON: {error}", where=str(folder / _CONFIG)) from error
-    if not isinstance(fields, dict):
-        raise EgjaxError("not a JSON object", where=str(folder / _CONFIG))
-    return fields
 
 
 def defaults(config: type[T], learning_rate: float) -> Callable[[Sequence[str]], T]:

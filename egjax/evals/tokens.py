@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from egjax.errors import require
+from egjax.errors import EgjaxError, require
 from egjax.evals.plots import LIGHT
 from egjax.evals.results import Role
 from egjax.lm.config import LlamaConfig
@@ -85,22 +85,38 @@ def side_by_side(
         prompt, completion: token ids.
         combine: as for `generate`; None shows the models alone.
         top: tokens that are shown of each.
-        bucket: lengths are rounded up to a multiple of this, to compile for few.
+        bucket: lengths are rounded up to a multiple of this, to compile for few, but not beyond the
+            context.
+
+    Raises:
+        EgjaxError: no token is to be shown, or more than there are, or a model's context is
+            shorter than prompt and completion.
     """
+    if not completion:
+        return []
     row = [*prompt, *completion]
-    length = -(-len(row) // bucket) * bucket
+    for _, config in models:
+        config.check_length(len(row))
+        if not 1 <= top <= config.vocab_size:
+            raise EgjaxError(f"{top} tokens to show", remedy=f"1 to {config.vocab_size}")
+    context = min(config.max_seq_len for _, config in models)
+    length = min(-(-len(row) // bucket) * bucket, context)
+    # Only where the completion is: all logits of a long prompt would be too much memory.
+    count = -(-len(completion) // bucket) * bucket
+    places = np.minimum(np.arange(count) + len(prompt) - 1, length - 1)
     tokens = jnp.array([row + [0] * (length - len(row))], jnp.int32)
     values, ids, own, rank = jax.device_get(
         _read(
             tuple(params for params, _ in models),
             tokens,
+            places,
             configs=tuple(config for _, config in models),
             combine=combine,
             top=top,
         )
     )
     steps = []
-    for place, token in enumerate(completion, start=len(prompt) - 1):
+    for place, token in enumerate(completion):
         choices = {
             name: tuple(
                 Choice(shown(tokenizer, int(i)), float(np.exp(v)))
@@ -123,19 +139,20 @@ def side_by_side(
 def _read(
     params: tuple[Params | Pair, ...],
     tokens: jax.Array,
+    places: jax.Array,
     *,
     configs: tuple[LlamaConfig, ...],
     combine: Combine | None,
     top: int,
 ) -> tuple[jax.Array, ...]:
-    """Log-probabilities and ids [M, T, top] of the likeliest next tokens, and log-probability and
-    rank [M, T] of the token that did come."""
-    logits = [x[0] for p, c in zip(params, configs) for x in read(p, c, tokens)[0]]
+    """Log-probabilities and ids [M, N, top] of the likeliest tokens after the ones at places [N],
+    and log-probability and rank [M, N] of the token that did come."""
+    logits = [x[0] for p, c in zip(params, configs) for x in read(p, c, tokens, places=places)[0]]
     if combine is not None:
         logits.append(combine(tuple(logits)))
     logps = jax.nn.log_softmax(jnp.stack(logits))
     values, ids = jax.lax.top_k(logps, top)
-    following = jnp.roll(tokens[0], -1)
+    following = jnp.roll(tokens[0], -1)[places]
     own = jnp.take_along_axis(logps, following[None, :, None], axis=-1)
     return values, ids, own[..., 0], (logps > own).sum(-1)
 

@@ -41,7 +41,8 @@ class Beams:
         tokens: int32[B, W, N]. The end token included; what follows it is padding.
         logps: float32[B, W, N]. Log-probability of each token; 0 at padding.
         mask: bool[B, W, N]. True for a generated token.
-        scores: float32[B, W]. Sum of `logps` over length^length_penalty; -1e9 where there is none.
+        scores: float32[B, W]. Sum of `logps` over length^length_penalty; -1e9 where there is none:
+            there may be fewer completions than beams that the models' combination allows.
     """
 
     tokens: Array
@@ -163,6 +164,7 @@ def _beam_search(
 
         full = (loop.done.scores > _NONE / 2).all(axis=1)
         counts = ends & (jnp.arange(looked_at) < beams) & loop.improvable[:, None]
+        counts &= sums > _NONE / 2  # not what goes on from a place without a prefix
         if stopping == "full":
             counts &= ~full[:, None]
         scores = jnp.where(counts, sums / size.astype(jnp.float32) ** length_penalty, _NONE)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from egjax.errors import EgjaxError
 
-__all__ = ["PRESETS", "LlamaConfig", "RopeScaling", "preset"]
+__all__ = ["PRESETS", "LlamaConfig", "RopeScaling", "preset", "read_ids"]
 
 _COUNTS = (
     "vocab_size",
@@ -103,6 +104,26 @@ class LlamaConfig:
         """Query heads that share one key and value head."""
         return self.num_heads // self.num_kv_heads
 
+    def cut(self, vocab_size: int) -> LlamaConfig:
+        """The config of a model of which only so many tokens are kept.
+
+        Raises:
+            EgjaxError: it has fewer, or a mark that starts or ends a text would go.
+        """
+        if vocab_size > self.vocab_size:
+            raise EgjaxError(
+                f"the model has {self.vocab_size} tokens, {vocab_size} are wanted",
+                remedy="the tokenizer belongs to another model",
+            )
+        for token in (self.bos_id, *self.eos_ids):
+            if token is not None and token >= vocab_size:
+                raise EgjaxError(
+                    f"token {token} starts or ends a text, the tokenizer has {vocab_size}",
+                    remedy="the tokenizer belongs to another model",
+                )
+        kept = self.pad_id is not None and self.pad_id < vocab_size
+        return replace(self, vocab_size=vocab_size, pad_id=self.pad_id if kept else None)
+
     def check_length(self, length: int, *, where: str | None = None) -> None:
         """Raises `EgjaxError` if a sequence of so many tokens is longer than the context."""
         if length > self.max_seq_len:
@@ -117,15 +138,16 @@ class LlamaConfig:
         """Reads the fields of a Hugging Face `config.json`.
 
         Both forms of the rotary fields are honoured: `rope_theta` and `rope_scaling` (up to
-        transformers 4) and the one dict `rope_parameters` (transformers 5).
+        transformers 4) and the one dict `rope_parameters` (transformers 5); where a file has both
+        they have to agree.
 
         Args:
             fields: the parsed JSON.
             where: name of the file, for messages.
 
         Raises:
-            EgjaxError: not a Llama, a field is missing, a feature is not supported, or a field is
-                not known and not empty.
+            EgjaxError: not a Llama, a field is missing or out of range, a feature is not supported,
+                or a field is not known and not empty.
         """
         if fields.get("model_type") != "llama":
             raise EgjaxError(
@@ -137,33 +159,50 @@ class LlamaConfig:
             raise EgjaxError(f"activation {fields['hidden_act']!r}; silu is needed", where=where)
         _refuse_unknown(fields, _READ | _WITHOUT_EFFECT, where)
         theta, scaling = _rope(fields, where)
-        eos = fields.get("eos_token_id")
+        vocab_size, hidden, layers, heads, mlp = (
+            _number(fields, name, where, int)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+            )
+        )
+        # Two fields that may also be null; then, and where fields are absent, they mean what
+        # transformers' LlamaConfig means by them.
+        given = {k: v for k, v in fields.items() if v is not None or k not in _NULLABLE}
+        if "head_dim" not in given and hidden % heads:
+            raise EgjaxError(f"{heads} heads do not divide hidden_size {hidden}", where=where)
+        given = {"bos_token_id": 1, "eos_token_id": 2, **given}
+        bos = read_ids(given, "bos_token_id", vocab_size, where=where)
+        if len(bos) > 1:
+            raise EgjaxError(f"several ids as bos_token_id: {list(bos)}", where=where)
+        pad = given.get("pad_token_id")
         try:
-            heads = int(fields["num_attention_heads"])
-            hidden = int(fields["hidden_size"])
             return cls(
-                vocab_size=int(fields["vocab_size"]),
+                vocab_size=vocab_size,
                 hidden_size=hidden,
-                intermediate_size=int(fields["intermediate_size"]),
-                num_layers=int(fields["num_hidden_layers"]),
+                intermediate_size=mlp,
+                num_layers=layers,
                 num_heads=heads,
-                num_kv_heads=int(fields.get("num_key_value_heads") or heads),
-                head_dim=int(fields.get("head_dim") or hidden // heads),
-                max_seq_len=int(fields.get("max_position_embeddings", 2048)),
+                num_kv_heads=_number(given, "num_key_value_heads", where, int, heads),
+                head_dim=_number(given, "head_dim", where, int, hidden // heads),
+                max_seq_len=_number(given, "max_position_embeddings", where, int, 2048),
                 rope_theta=theta,
                 rope_scaling=scaling,
-                # Absent fields mean what transformers' LlamaConfig means by them.
-                rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-                attention_bias=bool(fields.get("attention_bias", False)),
-                mlp_bias=bool(fields.get("mlp_bias", False)),
-                dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
-                bos_id=fields.get("bos_token_id"),
-                eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-                pad_id=fields.get("pad_token_id"),
+                rms_norm_eps=_number(given, "rms_norm_eps", where, float, 1e-6),
+                tie_embeddings=_flag(given, "tie_word_embeddings", where),
+                attention_bias=_flag(given, "attention_bias", where),
+                mlp_bias=_flag(given, "mlp_bias", where),
+                dtype=given.get("dtype") or given.get("torch_dtype") or "float32",
+                bos_id=bos[0] if bos else None,
+                eos_ids=read_ids(given, "eos_token_id", vocab_size, where=where),
+                # Some checkpoints have -1, or an id that was never added.
+                pad_id=pad if isinstance(pad, int) and 0 <= pad < vocab_size else None,
             )
-        except KeyError as error:
-            raise EgjaxError(f"field {error} is missing", where=where) from error
+        except EgjaxError as error:
+            raise EgjaxError(error.what, where=error.where or where, remedy=error.remedy) from None
 
     def to_hf(self) -> dict[str, Any]:
         """Fields of a Hugging Face `config.json` that both transformers 4 and 5 read."""
@@ -231,7 +270,8 @@ _READ = frozenset(
     ]
 )
 # Fields that change nothing of what a Llama computes from tokens: provenance, initialisation,
-# other slicings of the same sums, what is returned, and defaults of sampling.
+# other slicings of the same sums, what is returned, and defaults of decoding, which transformers
+# before 5 kept there.
 _WITHOUT_EFFECT = frozenset(
     [
         "architectures",
@@ -253,18 +293,54 @@ _WITHOUT_EFFECT = frozenset(
         "sep_token_id",
         "unsloth_fixed",
         "unsloth_version",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "_commit_hash",
+        "tokenizer_class",
+        "finetuning_task",
+        "task_specific_params",
+        "prefix",
+        "decoder_start_token_id",
+        "is_decoder",
+        "chunk_size_feed_forward",
+        "tf_legacy_loss",
+        "use_bfloat16",
+        "transformers.js_config",
         "temperature",
         "top_p",
         "top_k",
+        "typical_p",
+        "min_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
         "do_sample",
+        "early_stopping",
         "max_length",
+        "min_length",
         "max_new_tokens",
+        "min_new_tokens",
         "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
         "num_return_sequences",
         "length_penalty",
         "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "bad_words_ids",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "remove_invalid_values",
+        "output_scores",
+        "return_dict_in_generate",
     ]
 )
+_NULLABLE = ("num_key_value_heads", "head_dim")
 _ROPE = frozenset(
     [
         "rope_type",
@@ -283,6 +359,8 @@ def _refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], where: str
     for name, value in fields.items():
         if name in known or value in (None, False, "", [], {}):  # 0 and 0.0 are False, too
             continue
+        if name == "partial_rotary_factor" and value == 1:  # all of each head, as ever
+            continue
         if name == "quantization_config":
             raise EgjaxError(
                 "quantised weights are not read",
@@ -297,31 +375,105 @@ def _refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], where: str
 
 
 def _rope(fields: Mapping[str, Any], where: str | None) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, from either form of the fields."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    """Base and scaling of the rotary embedding, from either form of the fields or from both."""
+    forms = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    found = [_rotary(fields[name], fields, where) for name in forms] or [_rotary({}, fields, where)]
+    if len(set(found)) > 1:
+        raise EgjaxError(
+            "rope_parameters and rope_scaling say different things",
+            where=where,
+            remedy="delete the one that the model was not trained with",
+        )
+    return found[0]
+
+
+def _rotary(
+    scaling: Any, fields: Mapping[str, Any], where: str | None
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from one form of the fields."""
     if not isinstance(scaling, Mapping):
         raise EgjaxError(f"rotary scaling {scaling!r} is no JSON object", where=where)
-    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    for names, given in (
+        ("rope_theta", [fields.get("rope_theta"), scaling.get("rope_theta")]),
+        ("rope_type and type", [scaling.get("rope_type"), scaling.get("type")]),
+    ):
+        first, *other = [value for value in given if value is not None] or [None]
+        if other and other[0] != first:
+            raise EgjaxError(
+                f"two values of {names}: {first!r} and {other[0]!r}",
+                where=where,
+                remedy="delete the one that the model was not trained with",
+            )
+    inner = "rope_theta" in scaling
+    theta = _number(scaling if inner else fields, "rope_theta", where, float, 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "llama3"):
         raise EgjaxError(
             f"rotary scaling {kind!r} is not supported", where=where, remedy="default or llama3"
         )
     known = _ROPE if kind == "llama3" else frozenset(("rope_type", "type", "rope_theta"))
-    # A rotary embedding of part of each head is another model; of all of it, ours.
-    scaling = {k: v for k, v in scaling.items() if (k, v) != ("partial_rotary_factor", 1.0)}
     _refuse_unknown(scaling, known, where)
     if kind == "default":
         return theta, None
-    try:
-        return theta, RopeScaling(
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            original_max_seq_len=int(scaling["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise EgjaxError(f"field {error} of the rotary scaling is missing", where=where) from error
+    low, high = (_number(scaling, f"{n}_freq_factor", where, float) for n in ("low", "high"))
+    if low >= high:
+        raise EgjaxError(f"low_freq_factor {low} is not below high_freq_factor {high}", where=where)
+    return theta, RopeScaling(
+        factor=_number(scaling, "factor", where, float),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_seq_len=_number(scaling, "original_max_position_embeddings", where, int),
+    )
+
+
+def _number(
+    fields: Mapping[str, Any],
+    name: str,
+    where: str | None,
+    kind: Callable[[Any], Any],
+    default: float | None = None,
+) -> Any:
+    """A positive number, whole or not as `kind` (int or float) says; an absent one is `default`."""
+    value = fields.get(name, default)
+    if name not in fields and default is None:
+        raise EgjaxError(f"field {name!r} is missing", where=where)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf or value != kind(value):
+        wanted = "a whole number, at least 1" if kind is int else "a number above 0"
+        raise EgjaxError(f"field {name!r} is {value!r}", where=where, remedy=wanted)
+    return kind(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str, where: str | None) -> bool:
+    value = fields.get(name)
+    if value not in (True, False, None):
+        raise EgjaxError(f"field {name!r} is {value!r}", where=where, remedy="true or false")
+    return bool(value)
+
+
+def read_ids(
+    fields: Mapping[str, Any], name: str, vocab_size: int, *, where: str | None = None
+) -> tuple[int, ...]:
+    """Token ids of a field that holds one, a list or none.
+
+    Args:
+        fields: of a `config.json` or `generation_config.json`.
+        name: e.g. `"eos_token_id"`.
+        vocab_size: tokens of the model.
+        where: name of the file, for messages.
+
+    Raises:
+        EgjaxError: something else, or an id that is no token's.
+    """
+    value = fields.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        if not whole or not 0 <= token < vocab_size:
+            raise EgjaxError(
+                f"field {name!r} is {value!r}", where=where, remedy=f"ids below {vocab_size}"
+            )
+    return tuple(ids)
 
 
 def _llama2(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:

@@ -22,6 +22,7 @@ from egjax.lm.ensemble import Combine, Models, empty_caches, first, read_all
 from egjax.lm.generate import Generation, Prompts, check_settings, draw
 from egjax.lm.lora import Pair
 from egjax.lm.params import Params
+from egjax.losses.reductions import NEVER
 
 __all__ = ["Grammar", "Sentences", "Vocabulary", "constrained"]
 
@@ -138,9 +139,11 @@ def constrained(
 ) -> Generation:
     """Completes prompts as `egjax.lm.generate.generate` does, among allowed tokens.
 
-    What is not allowed is cut off before temperature and top-p; the log-probabilities that are
-    returned are those of the combined logits without the constraint. With everything allowed the
-    tokens are those of `generate` with the same key.
+    What is not allowed is left out of every model before their logits are combined, so what π̄ finds
+    plausible is measured by the likeliest allowed token, and some allowed token always is. The
+    log-probabilities that are returned are those of the combination without the constraint, -inf
+    where that leaves the token out. With everything allowed the tokens are those of `generate` with
+    the same key.
 
     Args:
         models, prompts, key, max_new_tokens, combine, temperature, top_p: as for `generate`.
@@ -170,14 +173,22 @@ def constrained(
         if not going:
             break
         # The device reads the last token while the host works out what may come.
-        logits, caches = _read(params, caches, read, read_mask, configs=configs, combine=combine)
-        allowed = np.ones((rows, logits.shape[-1]), bool)
+        logits, caches = _read(params, caches, read, read_mask, configs=configs)
+        allowed = np.ones((rows, configs[0].vocab_size), bool)
         for row in going:
             allowed[row] = by_row[row].allowed()
             if not allowed[row].any():
                 raise EgjaxError(f"no token is allowed after {step} tokens of row {row}")
         token, logp = jax.device_get(
-            _pick(logits, allowed, keys, step, jnp.float32(temperature), jnp.float32(top_p))
+            _pick(
+                logits,
+                allowed,
+                keys,
+                step,
+                jnp.float32(temperature),
+                jnp.float32(top_p),
+                combine=combine,
+            )
         )
         for row in going:
             tokens[row, step], logps[row, step], mask[row, step] = token[row], logp[row], True
@@ -189,7 +200,7 @@ def constrained(
     )
 
 
-@partial(jax.jit, static_argnames=("configs", "combine"), donate_argnames="caches")
+@partial(jax.jit, static_argnames="configs", donate_argnames="caches")
 def _read(
     params: tuple[Params | Pair, ...],
     caches: tuple[Cache, ...],
@@ -197,23 +208,26 @@ def _read(
     mask: Array,
     *,
     configs: tuple[LlamaConfig, ...],
-    combine: Combine,
-) -> tuple[Array, tuple[Cache, ...]]:
-    """Combined logits [B, V] after the last of these tokens, and the caches with them."""
-    logits, caches = read_all(params, configs, tokens, mask, caches)
-    return combine(logits), caches
+) -> tuple[tuple[Array, ...], tuple[Cache, ...]]:
+    """Every model's logits [B, V] after the last of these tokens, and the caches with them."""
+    return read_all(params, configs, tokens, mask, caches)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="combine")
 def _pick(
-    logits: Array, allowed: Array, keys: Array, step: Array, temperature: Array, top_p: Array
+    logits: tuple[Array, ...],
+    allowed: Array,
+    keys: Array,
+    step: Array,
+    temperature: Array,
+    top_p: Array,
+    *,
+    combine: Combine,
 ) -> tuple[Array, Array]:
     """An allowed token of each row, and its log-probability among all."""
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    # Finite: π̄'s plausible set may leave out everything that is allowed.
-    lowest = jnp.finfo(jnp.float32).min
-    token = draw(
-        jnp.where(allowed, jnp.maximum(logits, lowest / 2), -jnp.inf), step_keys, temperature, top_p
-    )
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-    return token, logp
+    # A finite log 0: the combination takes differences of them.
+    within = combine(tuple(jnp.where(allowed, x, NEVER) for x in logits))
+    token = draw(jnp.where(allowed, within, -jnp.inf), step_keys, temperature, top_p)
+    logps = jax.nn.log_softmax(combine(logits))
+    return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]

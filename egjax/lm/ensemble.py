@@ -80,6 +80,7 @@ def read(
     cache: Cache | None = None,
     *,
     last: bool = False,
+    places: Array | None = None,
 ) -> tuple[tuple[Array, ...], Cache | None]:
     """Reads tokens with one model.
 
@@ -89,6 +90,7 @@ def read(
         mask: bool[B, T], False for padding; None where padding only follows what counts.
         cache: tokens read before; these are put behind them.
         last: logits after the last token alone, [B, 1, V].
+        places: int32[N], logits after these tokens alone, [B, N, V].
 
     Returns:
         Logits float32[B, T, V], of πᴱ and of πᴺ for a `Pair`; and the cache with these tokens.
@@ -100,7 +102,8 @@ def read(
         tokens = jnp.concatenate([tokens, tokens])
         segments = None if segments is None else jnp.concatenate([segments, segments])
     out = trunk(params, config, tokens, segment_ids=segments, cache=cache)
-    logits = unembed(params, config, out.final[:, -1:] if last else out.final)
+    final = out.final[:, -1:] if last else out.final
+    logits = unembed(params, config, final if places is None else final[:, places])
     return tuple(jnp.split(logits, number)), out.cache
 
 

@@ -7,6 +7,7 @@ matters. Shapes depend on the bucketed length alone: one compilation serves many
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -105,9 +106,13 @@ def check_settings(
     """Refuses what no decoder here can do; arguments as in `generate`.
 
     Raises:
-        EgjaxError: the models' vocabularies differ in size, the context is too short, or a
-            setting is out of range.
+        EgjaxError: there is no model, the models' vocabularies differ in size, the context is too
+            short, or a setting is out of range.
     """
+    if not models:
+        raise EgjaxError("there is no model to decode")
+    if max_new_tokens < 1:
+        raise EgjaxError(f"{max_new_tokens} new tokens", remedy="at least 1")
     check_vocabularies({f"model {i}": config.vocab_size for i, (_, config) in enumerate(models)})
     slots = prompts.tokens.shape[1] + max_new_tokens
     for _, config in models:
@@ -117,7 +122,8 @@ def check_settings(
                 f"exceed the context of {config.max_seq_len}",
                 remedy="shorten the prompts, max_new_tokens or the bucket",
             )
-    if temperature < 0 or not 0 < top_p <= 1:
+    # NaN is in no range.
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise EgjaxError(f"temperature {temperature}, top_p {top_p}", remedy="≥ 0 and in (0, 1]")
 
 
@@ -262,17 +268,21 @@ def draw(logits: Array, keys: Array, temperature: Array, top_p: Array) -> Array:
 def sampling_logits(logits: Array, temperature: Array, top_p: Array) -> Array:
     """Logits [..., V] of what is drawn from at a temperature above 0: -inf outside the smallest set
     of probability at least `top_p`."""
-    scaled = logits / temperature
+    # Below that the noise decides nothing, and quotients would overflow.
+    scaled = logits / jnp.maximum(temperature, 1e-6)
     return jax.lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
 
 
 def _nucleus(logits: Array, top_p: Array) -> Array:
-    """Logits [..., V] with -inf outside the smallest set of probability at least `top_p`."""
+    """Logits [..., V] with -inf outside the smallest set of probability at least `top_p`; of equal
+    ones those of the lower ids belong to it."""
     descending = -jnp.sort(-logits, axis=-1)
     shares = jax.nn.softmax(descending, axis=-1)
     kept = jnp.cumsum(shares, axis=-1) - shares < top_p
     lowest = jnp.where(kept, descending, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    above, equal = logits > lowest, logits == lowest
+    room = (kept.sum(axis=-1) - above.sum(axis=-1))[..., None]
+    return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
 
 
 def completions(generation: Generation, eos_ids: Sequence[int]) -> list[list[int]]:

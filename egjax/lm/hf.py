@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -22,12 +23,24 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from egjax.errors import EgjaxError, require
-from egjax.lm.config import LlamaConfig
+from egjax.lm.config import LlamaConfig, read_ids
 from egjax.lm.params import Params, Spec, num_inputs, shardings, table
 
-__all__ = ["SHARD_BYTES", "Files", "Place", "load", "read_json", "read_tensors", "save", "write"]
+__all__ = [
+    "SHARD_BYTES",
+    "Files",
+    "Place",
+    "load",
+    "read_config",
+    "read_json",
+    "read_tensors",
+    "save",
+    "write",
+]
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 SHARD_BYTES = 5 * 10**9
 """Largest file that `save` writes; larger models become several files and an index."""
 
@@ -143,12 +156,15 @@ class Files:
     Args:
         paths: the files.
         stack: closes them.
+        index: name of the file that holds a tensor, by the tensor's name, where several might.
 
     Raises:
         EgjaxError: a file is missing, cut short or otherwise unreadable.
     """
 
-    def __init__(self, paths: Sequence[Path], stack: ExitStack):
+    def __init__(
+        self, paths: Sequence[Path], stack: ExitStack, index: Mapping[str, str] | None = None
+    ):
         safetensors = require("safetensors", "lm")
         self._folder = paths[0].parent
         self._handles: dict[str, Any] = {}
@@ -162,7 +178,9 @@ class Files:
                 raise EgjaxError(
                     f"cannot be read: {error}", where=str(path), remedy="download it again"
                 ) from error
-            self._handles.update({name: (path, handle) for name in handle.keys()})  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                if (index or {}).get(name, path.name) == path.name:
+                    self._handles[name] = (path, handle)
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -206,11 +224,11 @@ def _why_missing(path: Path) -> str:
     return "weights are read from safetensors only"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+def _weights(folder: Path, stack: ExitStack) -> Files:
+    """The tensors of a checkpoint; as in transformers a single file goes before an index."""
     index = folder / INDEX
-    if not index.is_file():
-        return [folder / SINGLE]
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return Files([folder / SINGLE], stack)
     weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise EgjaxError("has no weight_map", where=str(index))
@@ -220,7 +238,36 @@ def _weight_files(folder: Path) -> list[Path]:
             raise EgjaxError(
                 f"names {name!r}, which is no safetensors file of this folder", where=str(index)
             )
-    return [folder / name for name in names]
+    return Files([folder / name for name in names], stack, weights)
+
+
+def _refuse_others(files: Files, config: LlamaConfig, known: set[str]) -> None:
+    """Refuses tensors that the configuration does not account for: the model they are of computes
+    something else."""
+    # Old checkpoints have the rotary wavelengths, which follow from the configuration.
+    others = {name for name in files.names() if not name.endswith("rotary_emb.inv_freq")} - known
+    head, embedding = _OUTSIDE[("unembedding",)], _OUTSIDE[("embedding",)]
+    if config.tie_embeddings and head in others:
+        others.remove(head)
+        shape = (config.vocab_size, config.hidden_size)
+        files.check(head, shape)
+        # Some thousand rows at a time: neither is small.
+        for start in range(0, config.vocab_size, 4096):
+            rows = (slice(start, min(start + 4096, config.vocab_size)),)
+            if not np.array_equal(files.read(head, rows), files.read(embedding, rows)):
+                raise EgjaxError(
+                    f"tensor {head} is not the embedding, with which the configuration ties it",
+                    where=files.where(head),
+                    remedy='"tie_word_embeddings": false in config.json, if it is to count',
+                )
+    if others:
+        first, *more = sorted(others)
+        told = f" and {len(more)} more" if more else ""
+        raise EgjaxError(
+            f"tensor {first}{told} is not of the model that the configuration describes",
+            where=files.where(first),
+            remedy=_MISMATCH,
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,12 +275,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EgjaxError(f"not JSON: {error}", where=str(path)) from error
     if not isinstance(fields, dict):
         raise EgjaxError("not a JSON object", where=str(path))
     return fields
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The config of a Hugging Face folder. Ids that end a text are those of `config.json` and, as
+    transformers decodes by them, of `generation_config.json`.
+
+    Raises:
+        EgjaxError: as for `load`.
+    """
+    path, decoding = Path(folder) / CONFIG, Path(folder) / GENERATION
+    fields = read_json(path)
+    config = LlamaConfig.from_hf(fields, where=str(path))
+    if not decoding.is_file():
+        return config
+    more = read_ids(read_json(decoding), "eos_token_id", config.vocab_size, where=str(decoding))
+    # Without the default where the first file names none.
+    own = () if more and fields.get("eos_token_id") is None else config.eos_ids
+    return replace(config, eos_ids=tuple(dict.fromkeys((*own, *more))))
 
 
 def load(
@@ -257,28 +322,24 @@ def load(
 
     Raises:
         EgjaxError: a file is missing or unreadable, the architecture is not a Llama or has a
-            feature that is not supported, a tensor is missing, of the wrong shape or not finite.
+            feature that is not supported, a tensor is missing, of the wrong shape or not finite,
+            or there is one that the configuration does not account for.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_hf(read_json(folder / CONFIG), where=str(folder / CONFIG))
+    config = read_config(folder)
     if dtype is not None:
         config = replace(config, dtype=dtype)
     padded = config
     if vocab_size is not None:
-        if vocab_size > config.vocab_size:
-            raise EgjaxError(
-                f"the model has {config.vocab_size} tokens, {vocab_size} are wanted",
-                where=str(folder / CONFIG),
-                remedy="the tokenizer belongs to another model",
-            )
-        config = replace(config, vocab_size=vocab_size)
+        config = config.cut(vocab_size)
     placement = None if mesh is None else shardings(config, mesh)
     with ExitStack() as stack:
-        files = Files(_weight_files(folder), stack)
+        files = _weights(folder, stack)
         # The files' shapes are those before a padded vocabulary is cut.
-        for place in _places(padded).values():
-            for name in place.names:
-                files.check(name, place.outer)
+        outer = {n: place.outer for place in _places(padded).values() for n in place.names}
+        for name, shape in outer.items():
+            files.check(name, shape)
+        _refuse_others(files, padded, set(outer))
         return config, read_tensors(files, table(config), _places(config), placement)
 
 
@@ -360,7 +421,8 @@ def save(
         shard_bytes: largest file of weights; more become several files and an index.
 
     Raises:
-        EgjaxError: the files cannot be written.
+        EgjaxError: the files cannot be written, or the parameters are not those of the config
+            alone: with an adapter attached, in eight bits, with their layers apart.
     """
     folder = Path(folder)
     tensors = _Tensors(config, params)
@@ -392,8 +454,8 @@ def save(
         for path in parts:
             path.replace(path.with_suffix(""))
         # Weights of an earlier model in other files would be read in place of these.
-        for path in {*folder.glob("model*.safetensors"), folder / INDEX}:
-            if path.name not in (*files, *texts):
+        for path in list(folder.iterdir()):
+            if _OWN.fullmatch(path.name) and path.name not in (*files, *texts):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise EgjaxError(f"cannot be written: {error}", where=str(folder)) from error
@@ -406,6 +468,7 @@ class _Tensors:
     """The tensors of a model as a file names and shapes them, one at a time."""
 
     def __init__(self, config: LlamaConfig, params: Params):
+        _check_params(config, params)
         self._where: dict[str, tuple[Place, Any, int]] = {}
         for keys, place in _places(config).items():
             node: Any = params
@@ -429,6 +492,36 @@ class _Tensors:
     def value(self, name: str) -> np.ndarray:
         place, array, layer = self._where[name]
         return place.outward(np.asarray(jax.device_get(array[layer] if place.stacked else array)))
+
+
+def _check_params(config: LlamaConfig, params: Params) -> None:
+    """Refuses parameters that are not those of the table: in a file they would be another model."""
+    given = dict(jax.tree_util.tree_leaves_with_path(params))
+    wanted = dict(jax.tree_util.tree_leaves_with_path(table(config)))
+    names = {jax.tree_util.keystr(path) for path in given}
+    reasons = {
+        "_lora_": ("an adapter is attached", "merge it first: egjax.lm.lora.merge"),
+        "_scale'": ("the matrices are in eight bits", "save the model before int8.quantize"),
+        "['layers'][0]": ("the layers are apart", "save the model before params.unstacked"),
+    }
+    for sign, (what, remedy) in reasons.items():
+        if any(sign in name for name in names):
+            raise EgjaxError(f"not saved: {what}", remedy=remedy)
+    for path, spec in wanted.items():
+        name = jax.tree_util.keystr(path)
+        if path not in given:
+            raise EgjaxError(f"not saved: there is no {name}", remedy=_MISMATCH)
+        array = given.pop(path)
+        if array.shape != spec.shape:
+            raise EgjaxError(
+                f"not saved: {name} has shape {list(array.shape)}, expected {list(spec.shape)}",
+                remedy=_MISMATCH,
+            )
+        if array.dtype.name not in _DTYPES:
+            raise EgjaxError(f"not saved: {name} is of type {array.dtype.name}")
+    if given:
+        name = jax.tree_util.keystr(next(iter(given)))
+        raise EgjaxError(f"not saved: the config has no {name}", remedy=_MISMATCH)
 
 
 def write(

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from egjax.errors import EgjaxError
 from egjax.lm import params as base_table
 from egjax.lm.config import LlamaConfig
+from egjax.lm.int8 import is_quantized
 from egjax.lm.model import forward
 from egjax.lm.params import Params, Spec
 
@@ -184,7 +185,11 @@ class Pair:
 
 
 def merge(params: Params, adapter: Params, lora: LoraConfig) -> Params:
-    """Parameters of the adapted model without the adapter: W + s·A·B, rounded once."""
+    """Parameters of the adapted model without the adapter: W + s·A·B, rounded once.
+
+    Raises:
+        EgjaxError: the parameters are in eight bits.
+    """
     return _add(params, adapter, lora.scale)
 
 
@@ -193,8 +198,17 @@ def unmerge(params: Params, adapter: Params, lora: LoraConfig) -> Params:
     return _add(params, adapter, -lora.scale)
 
 
-@jax.jit
 def _add(params: Params, adapter: Params, scale: float) -> Params:
+    if is_quantized(params):
+        raise EgjaxError(
+            "an adapter cannot be merged into matrices in eight bits",
+            remedy="merge it before int8.quantize, or attach it",
+        )
+    return _sum(params, adapter, scale)
+
+
+@jax.jit
+def _sum(params: Params, adapter: Params, scale: float) -> Params:
     layers = dict(params["layers"])
     for name, pair in adapter["layers"].items():
         weight = layers[name]

@@ -24,6 +24,7 @@ __all__ = [
     "Spec",
     "abstract",
     "count",
+    "cut",
     "draw",
     "init",
     "num_inputs",
@@ -157,6 +158,15 @@ def shardings(config: LlamaConfig, mesh: Mesh) -> Params:
 def placements(specs: dict[str, Any], mesh: Mesh) -> Params:
     """Placement of the tensors of a table on a mesh, by the names of their axes."""
     return jax.tree.map(lambda s: sharding(mesh, s.axes, s.shape), specs)
+
+
+def cut(params: Params, vocab_size: int) -> Params:
+    """Parameters without the tokens from `vocab_size` on; with `egjax.lm.config.LlamaConfig.cut`
+    those of a model that never says what its tokenizer cannot read."""
+    out = {**params, "embedding": params["embedding"][:vocab_size]}
+    if "unembedding" in params:
+        out["unembedding"] = params["unembedding"][:, :vocab_size]
+    return out
 
 
 def unstacked(params: Params, *, consume: bool = False) -> Params:

@@ -48,15 +48,17 @@ def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes], vocab_size:
     if not strings or not all(strings):
         raise EgjaxError("an empty stop string", remedy="give at least one character")
     delta, final = _automaton([text.encode() for text in strings])
-    longest = max(map(len, token_bytes))
-    codes = np.full((longest, vocab_size), -1, np.int32)
-    for token, text in enumerate(token_bytes[:vocab_size]):
-        codes[: len(text), token] = np.frombuffer(text, np.uint8)
+    lengths = np.array([len(text) for text in token_bytes[:vocab_size]])
+    codes = np.frombuffer(b"".join(token_bytes[:vocab_size]), np.uint8)
+    starts = np.cumsum(lengths) - lengths
     state = np.repeat(np.arange(len(delta), dtype=np.int32)[:, None], vocab_size, axis=1)
     hit = np.zeros(state.shape, bool)
-    for column in codes:
-        state = np.where(column >= 0, delta[state, column], state)
-        hit |= final[state] & (column >= 0)
+    for place in range(lengths.max(initial=0)):
+        # Few tokens are long: the work is the states times the bytes of all.
+        tokens = np.flatnonzero(lengths > place)
+        after = delta[state[:, tokens], codes[starts[tokens] + place]]
+        state[:, tokens] = after
+        hit[:, tokens] |= final[after]
     return Stops(jnp.asarray(state), jnp.asarray(hit))
 
 

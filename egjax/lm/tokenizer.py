@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -65,6 +66,9 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` of a folder, this project's or Hugging Face's.
 
+        What the file says of padding and cutting is left out: `encode` gives all of a text, and
+        nothing else.
+
         Raises:
             EgjaxError: the file is missing or cannot be read.
         """
@@ -72,13 +76,16 @@ class Tokenizer:
         if not path.is_file():
             raise EgjaxError("file is missing", where=str(path), remedy="give a model's folder")
         try:
-            return cls(
-                require("tokenizers", "lm").Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend = require("tokenizers", "lm").Tokenizer.from_str(
+                path.read_text(encoding="utf-8")
             )
         except ImportError:
             raise
         except Exception as error:  # the library raises plain Exception
             raise EgjaxError(f"not a tokenizer: {error}", where=str(path)) from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and what transformers' `AutoTokenizer` needs beside it."""
@@ -94,10 +101,10 @@ class Tokenizer:
         }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, the special ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """Number of ids, those of special tokens included; an id in between may have no token."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def fingerprint(self) -> str:
@@ -119,6 +126,11 @@ class Tokenizer:
         if found is None:
             raise EgjaxError(f"the vocabulary has no token {token!r}")
         return found
+
+    def special_id(self, text: str) -> int | None:
+        """Id of the special token that is written so, which no text holds; None where none is."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return next((i for i, one in added if one.special and one.content == text), None)
 
     def token(self, token_id: int) -> str:
         """A token as the vocabulary writes it, such as `"<eos>"`; its number where it has none."""

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from egjax.errors import EgjaxError
 from egjax.evals.tokens import Choice, Step, as_html, as_png, as_table, side_by_side
+from egjax.lm import ensemble
 from egjax.lm.config import LlamaConfig
-from egjax.lm.model import forward
+from egjax.lm.model import forward, unembed
 from egjax.lm.params import init
 from egjax.lm.ratio import ratio_combine
 from egjax.lm.tokenizer import Tokenizer
@@ -46,6 +48,32 @@ def test_choices_are_those_of_full_passes(tokenizer):
             )
             assert step.probability[name] == pytest.approx(shares[place, token], rel=1e-3)
             assert step.rank[name] == int((shares[place] > shares[place, token]).sum())
+
+
+def test_the_context_holds_and_only_the_completion_is_read_off(tokenizer, monkeypatch):
+    # One token short of what it would be rounded up to.
+    config = LlamaConfig(275, 16, 16, 1, 1, 1, 16, max_seq_len=63)
+    params = init(jax.random.key(0), config)
+    models = [(jax.tree.map(lambda leaf: 5 * leaf, params), config)]
+    row = (tokenizer.encode("Walk to milk. Walk to fridge.\n") * 9)[:63]
+    shapes = []
+
+    def seen(params, config, final):
+        shapes.append(final.shape)
+        return unembed(params, config, final)
+
+    monkeypatch.setattr(ensemble, "unembed", seen)
+    steps = side_by_side(models, NAMES[:1], tokenizer, row[:50], row[50:], top=1, bucket=16)
+    assert shapes == [(1, 16, 16)]
+    logps = np.asarray(jax.nn.log_softmax(forward(*models[0], jnp.array([row]))[0]))
+    for place, (step, token) in enumerate(zip(steps, row[50:], strict=True), start=49):
+        assert step.probability["πᴸ"] == pytest.approx(np.exp(logps[place, token]), rel=1e-3)
+    assert side_by_side(models, NAMES[:1], tokenizer, row, []) == []
+    with pytest.raises(EgjaxError, match="64 tokens exceeds the model's context of 63"):
+        side_by_side(models, NAMES[:1], tokenizer, row, [3])
+    for top in (0, 276):
+        with pytest.raises(EgjaxError, match=f"{top} tokens to show .1 to 275"):
+            side_by_side(models, NAMES[:1], tokenizer, row[:9], [3], top=top)
 
 
 @pytest.fixture

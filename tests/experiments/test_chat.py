@@ -1,14 +1,18 @@
 """One turn and a conversation with models that know nothing."""
 
+import dataclasses
 import io
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from egjax.errors import EgjaxError
 from egjax.lm import hf
 from egjax.lm.config import LlamaConfig
+from egjax.lm.generate import generate
 from egjax.lm.params import init
 from egjax.lm.tokenizer import Tokenizer
 from experiments import chat
@@ -68,6 +72,23 @@ def test_a_prompt_shows_four_columns_and_speculation_the_same_tokens(folders, ca
     assert short["completion"] == turn["completion"].split(stop)[0]
 
 
+def test_line_ends_and_special_tokens_stop_a_completion(folders, capsys, monkeypatch):
+    seen = []
+
+    def spied(models, *arguments, stops, **options):
+        seen.append((models[0][1].eos_ids, None if stops is None else stops.hit.sum()))
+        return generate(models, *arguments, stops=stops, **options)
+
+    monkeypatch.setattr(chat, "generate", spied)
+    pieces = Tokenizer.load(folders / "large").token_bytes()
+    lines = sum(b"\n" in piece for piece in pieces)
+    alone = {"prompt": "Q: How?", "expert_from": None, "base_from": None, "max_new_tokens": 2}
+    for stop in (("\\n", "<pad>"), ("<bos>", "<eos>"), ()):
+        chat.main(config(folders, **alone, stop=stop))
+    # Two states, and in either a line end hits.
+    assert seen == [((2, 0), 2 * lines), ((2, 1), None), ((2,), None)]
+
+
 def test_a_task_has_a_verdict_and_a_picture(folders, capsys, tmp_path):
     home = str(folders / "home.yaml")
     for name, start in (("why.png", b"\x89PNG"), ("why.html", b"<!doctype")):
@@ -89,6 +110,12 @@ def test_legal_plans_are_executable(folders, capsys):
     whole = [step for step in turn["steps"][:-1]]  # the last one may be cut short
     assert whole
     assert all(step["accepted"] for step in whole)
+
+
+def test_a_text_in_a_conversation_has_no_simulator(folders, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Walk to\n"))
+    chat.main(config(folders, legal=True, run=folders))
+    assert "--legal: a prompt has no simulator" in capsys.readouterr().err
 
 
 def test_a_conversation_goes_on_after_a_mistake_and_ends(folders, capsys, monkeypatch):
@@ -113,6 +140,42 @@ def test_a_task_of_the_run_that_was_held_out_is_drawn(folders, capsys, monkeypat
     assert asked == ["b", ""]
 
 
+def padded(folders, name, to, vocab_size):
+    """A model whose vocabulary is padded with tokens that nothing writes and it likes best."""
+    plain, params = hf.load(folders / name)
+    more = ((0, vocab_size - plain.vocab_size), (0, 0))
+    params["embedding"] = jnp.pad(params["embedding"], more, constant_values=9.0)
+    hf.save(to, dataclasses.replace(plain, vocab_size=vocab_size), params)
+    shutil.copy(folders / name / "tokenizer.json", to)
+    return to
+
+
+def test_padding_of_vocabularies_does_not_matter(folders, capsys, tmp_path):
+    large = padded(folders, "large", tmp_path / "large", 320)
+    expert = padded(folders, "expert", tmp_path / "expert", 288)
+    options = {"prompt": "Q: How?", "temperature": 1.0, "max_new_tokens": 8}
+    for changes in ({}, {"expert_from": None, "base_from": None}):
+        chat.main(config(folders, **options, **changes))
+        chat.main(
+            config(folders, **{**options, "large_from": large, "expert_from": expert, **changes})
+        )
+        plain, cut = turns(capsys.readouterr().out)
+        assert cut["completion"] == plain["completion"]
+        assert cut["tokens"][0]["choices"].keys() == plain["tokens"][0]["choices"].keys()
+
+
+def test_tokenizers_are_compared_before_weights_are_read(folders, tmp_path):
+    words = Tokenizer.train(["Zebras quilt. Vex jumpy dwarfs nightly."] * 3, vocab_size=280)
+    shutil.copytree(folders / "expert", tmp_path / "expert")
+    words.save(tmp_path / "expert")
+    (tmp_path / "expert" / "model.safetensors").write_bytes(b"broken")
+    shutil.copytree(folders / "large", tmp_path / "large")
+    (tmp_path / "large" / "model.safetensors").write_bytes(b"broken")
+    given = {"large_from": tmp_path / "large", "expert_from": tmp_path / "expert"}
+    with pytest.raises(EgjaxError, match="tokenizers differ: πᴸ has"):
+        chat.main(config(folders, prompt="Q:", **given))
+
+
 def test_people_see_a_table(folders, capsys):
     chat.main(config(folders, prompt="Q:", json=False, max_new_tokens=3))
     said = capsys.readouterr().out
@@ -129,6 +192,17 @@ def test_what_cannot_be_is_told(folders, tmp_path):
         ({"prompt": "Q:", "legal": True}, "no simulator"),
         ({"picture": tmp_path / "x.png"}, "one turn"),
         ({"prompt": "Q:", "picture": tmp_path / "x.gif"}, "one turn"),
+        ({"prompt": "Q:", "top": 0}, "--top: 0, at least 1"),
+        ({"prompt": "Q:", "top": 281}, "281 tokens to show .1 to 280"),
+        ({"prompt": "Q:", "max_new_tokens": -3}, "--max-new-tokens: -3, at least 1"),
+        ({"prompt": "Q:", "drafts": -1}, "--drafts: -1, at least 0"),
+        ({"prompt": "Q:", "goal": ("OPEN(fridge)",)}, "--goal has no effect without --scene"),
+        ({"prompt": "Q:", "model": "expert"}, "--model has no effect with --large-from"),
+        (
+            {"prompt": "Q:", "drafts": 2, "expert_from": None, "base_from": None},
+            "--drafts has no effect with one model",
+        ),
+        ({"task": "t", "legal": True, "stop": ("a",)}, "without --stop"),
     ):
         with pytest.raises(EgjaxError, match=message):
             chat.main(config(folders, **changes))

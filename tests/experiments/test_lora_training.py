@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from egjax.errors import EgjaxError
 from egjax.experience.records import Sample as Text
@@ -17,9 +18,9 @@ from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import Sample, pack
 from egjax.train.layout import applied
 from egjax.train.objectives import next_token
-from experiments import chat, export, sft
+from experiments import chat, export, own, sft
 from experiments.common import Stage, open_run
-from experiments.models import Model, load, save
+from experiments.models import Model, as_sample, load, save
 from experiments.training import ADAPTER, MODEL, Training, curve, train
 
 CONFIG = LlamaConfig(
@@ -116,6 +117,44 @@ def test_a_run_with_an_adapter_is_decoded_and_exported(grown, tmp_path, capsys):
         said.append(json.loads(capsys.readouterr().out))
     assert said[0]["completion"]
     assert said[0]["completion"] == said[1]["completion"]
+
+
+def test_weights_that_are_not_finite_and_foreign_tokenizers_are_refused(grown, tmp_path):
+    path, base = grown
+    layers = {**base.params["layers"], "query": base.params["layers"]["query"].at[0, 3].set(np.nan)}
+    for int8 in (False, True):
+        place = tmp_path / f"broken{int8}"
+        save(place, base._replace(params={**base.params, "layers": layers}))
+        with pytest.raises(EgjaxError, match=r"broken.*query.* holds NaN or infinite values"):
+            load(place, int8=int8)
+    Tokenizer.train(["Eat. Sleep. Drink."] * 4, vocab_size=265).save(path / "text" / "tokenizer")
+    with pytest.raises(EgjaxError, match="not trained with the tokenizer in"):
+        own.Start.at(path / "seed0" / "pretrain_small")
+
+
+def test_a_prompt_and_its_completion_are_one_text_to_the_tokenizer(tmp_path):
+    prompt, completion = "Q: Walk? A:", "Walk to milk."
+    ours = Tokenizer.train([f"{prompt} {completion}"] * 4, vocab_size=266)
+    # As Llama 2's: each text begins with a space.
+    signs = ["<unk>", "<s>", "</s>", "▁", *"Q:Walk?Atomi.", "▁W", "▁A"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {sign: number for number, sign in enumerate(dict.fromkeys(signs))},
+            [("▁", "W"), ("▁", "A")],
+            unk_token="<unk>",
+        )
+    )
+    normal = tokenizers.normalizers
+    backend.normalizer = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
+    for tokenizer, apart in ((ours, True), (Tokenizer(backend), False)):
+        config = replace(CONFIG, vocab_size=280)
+        sample = as_sample(Text("plan", prompt, completion), tokenizer, config)
+        assert sample.tokens == [1, *tokenizer.encode(f"{prompt} {completion}"), 2]
+        count = list(sample.mask).index(True)
+        assert all(sample.mask[count:])
+        assert sample.tokens[:count] == [1, *tokenizer.encode(prompt)]
+        # What the project's own tokenizers always gave.
+        assert (sample.tokens[count:-1] == tokenizer.encode(f" {completion}")) == apart
 
 
 def test_rows_longer_than_the_model_are_refused(tmp_path):

@@ -83,6 +83,26 @@ def test_as_many_beams_as_prefixes_find_the_best_completion_of_all(four_words, m
     assert bool(generation.ended[0]) == (best[0][-1] == 3)
 
 
+@pytest.mark.parametrize("stopping", ["heuristic", "full", "never"])
+def test_where_there_are_fewer_completions_than_beams_there_is_none(
+    four_words, make_params, stopping
+):
+    models = [(make_params(four_words, seed, scale=0.8), four_words) for seed in (1, 2, 3)]
+    prompts = pad_prompts([[1, 2]], pad_id=0, bucket=2)
+    # The likeliest token alone is plausible: there is one completion.
+    combine = ratio_combine(plausible=1.0)
+    found = beam_search(
+        models, prompts, max_new_tokens=6, beams=4, combine=combine, stopping=stopping
+    )
+    plain = generate(
+        models, prompts, jax.random.key(0), max_new_tokens=6, combine=combine, temperature=0.0
+    )
+    assert np.array_equal(found.tokens[:, 0], plain.tokens)
+    assert found.scores[0].tolist() == [0.0, -1e9, -1e9, -1e9]
+    assert not found.mask[0, 1:].any()
+    assert not found.tokens[0, 1:].any()
+
+
 def test_one_beam_is_greedy_decoding(config, make_params):
     config = dataclasses.replace(config, eos_ids=(7,))
     models = [(make_params(config, scale=0.15), config)]

@@ -35,6 +35,55 @@ def test_old_and_new_rotary_fields_mean_the_same():
     assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
+def test_rotary_fields_that_disagree_are_refused():
+    default = {"rope_type": "default", "rope_theta": 500000.0}
+    scaling = OLD["rope_scaling"]
+    assert LlamaConfig.from_hf({**OLD, "rope_parameters": scaling}) == LlamaConfig.from_hf(OLD)
+    for changes, message in (
+        ({"rope_parameters": default}, "rope_parameters and rope_scaling say different"),
+        ({"rope_parameters": default, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        ({"rope_parameters": {**scaling, "rope_theta": 1e4}}, "two values of rope_theta"),
+        ({"rope_scaling": {**scaling, "rope_type": "linear"}}, "two values of rope_type and type"),
+        ({"rope_scaling": {**scaling, "high_freq_factor": 1.0}}, "1.0 is not below"),
+        ({"rope_scaling": {**scaling, "factor": "x"}}, "'factor' is 'x'"),
+        ({"rope_scaling": {**scaling, "factor": 0}}, "'factor' is 0"),
+        ({"rope_scaling": {"type": "llama3"}}, "'low_freq_factor' is missing"),
+        ({"rope_theta": 0}, "'rope_theta' is 0"),
+        ({"rope_theta": None}, "'rope_theta' is None"),
+    ):
+        with pytest.raises(EgjaxError, match=message):
+            LlamaConfig.from_hf({**OLD, **changes}, where="config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", None),
+        ("num_attention_heads", 0),
+        ("vocab_size", "abc"),
+        ("vocab_size", 100.7),
+        ("vocab_size", True),
+        ("hidden_size", [32]),
+        ("hidden_size", 33),
+        ("max_position_embeddings", None),
+        ("intermediate_size", -64),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", float("nan")),
+        ("tie_word_embeddings", "false"),
+        ("attention_bias", "false"),
+        ("eos_token_id", "2"),
+        ("eos_token_id", 5000),
+        ("eos_token_id", [2, -1]),
+        ("bos_token_id", [1, 2]),
+        ("num_key_value_heads", 3),
+        ("torch_dtype", 3),
+    ],
+)
+def test_values_out_of_range_give_a_line(field, value):
+    with pytest.raises(EgjaxError, match=r"^config\.json: "):
+        LlamaConfig.from_hf({**OLD, field: value}, where="config.json")
+
+
 def test_absent_fields_follow_transformers():
     config = LlamaConfig.from_hf(OLD)
     assert (config.num_kv_heads, config.head_dim) == (4, 8)
@@ -43,6 +92,13 @@ def test_absent_fields_follow_transformers():
     assert LlamaConfig.from_hf({**OLD, "head_dim": 16}).head_dim == 16
     assert LlamaConfig.from_hf({**OLD, "eos_token_id": 7}).eos_ids == (7,)
     assert LlamaConfig.from_hf({**OLD, "eos_token_id": None}).eos_ids == ()
+    without = {k: v for k, v in OLD.items() if k != "eos_token_id"}
+    assert (LlamaConfig.from_hf(without).bos_id, LlamaConfig.from_hf(without).eos_ids) == (1, (2,))
+    assert LlamaConfig.from_hf({**OLD, "bos_token_id": None}).bos_id is None
+    for pad in (-1, 100, None):  # what checkpoints have that never pad
+        assert LlamaConfig.from_hf({**OLD, "pad_token_id": pad}).pad_id is None
+    nulls = {"num_key_value_heads": None, "head_dim": None}
+    assert LlamaConfig.from_hf({**OLD, **nulls}) == LlamaConfig.from_hf(OLD)
 
 
 @pytest.mark.parametrize("eos", [(), (2,), (2, 9)])
@@ -95,6 +151,16 @@ def test_fields_that_might_change_the_model_are_refused():
         "initializer_range": 0.02,
         "architectures": ["LlamaForCausalLM"],
         "transformers_version": "4.31.0",
+        "_attn_implementation_autoset": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "typical_p": 1.0,
+        "num_beam_groups": 1,
+        "max_length": 20,
+        "remove_invalid_values": False,
+        "chunk_size_feed_forward": 0,
+        "partial_rotary_factor": 1.0,
+        "transformers.js_config": {"dtype": "q4"},
+        "suppress_tokens": [1],
     }
     assert LlamaConfig.from_hf({**OLD, **harmless}) == LlamaConfig.from_hf(OLD)
 

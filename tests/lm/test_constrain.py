@@ -10,6 +10,7 @@ import pytest
 from egjax.errors import EgjaxError
 from egjax.lm.constrain import Sentences, Vocabulary, constrained
 from egjax.lm.generate import generate, pad_prompts
+from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 
 TEXTS = ["", "", "", *"abcdefghij .", "ab", "cd", " a", " ab", "d.", "ef.", " e", "bc", "x", " c"]
@@ -101,6 +102,49 @@ def test_everything_allowed_is_plain_decoding(model):
     out = constrained([model], prompts, KEY, [Anything(40)] * 3, **options)
     for ours, theirs in itertools.zip_longest(jax.tree.leaves(out), jax.tree.leaves(plain)):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@dataclasses.dataclass
+class Few:
+    ids: tuple[int, ...]
+
+    def allowed(self):
+        return np.isin(np.arange(40), self.ids)
+
+    def advance(self, token):
+        assert token in self.ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 0.3, 1.0])
+def test_a_plausible_set_is_that_of_the_allowed_tokens(model, make_params, temperature):
+    config = dataclasses.replace(model[1], eos_ids=())
+    models = [(make_params(config, seed, scale=0.4), config) for seed in (3, 4, 5)]
+    prompts = pad_prompts([[3, 9, 4]] * 6, pad_id=0, bucket=4)
+    plausible = 0.4
+    # By hand: of the allowed tokens, those that the large model gives two fifths of the best's.
+    read = [np.asarray(forward(p, c, prompts.tokens[:1, 1:]))[0, -1] for p, c in models]
+    allowed = tuple(np.argsort(-read[0])[[12, 13, 30]].tolist())
+    large, expert, other = (x[list(allowed)] for x in read)
+    inside = large >= large.max() + np.log(plausible)
+    scores = np.where(inside, large + expert - other, -np.inf)
+    # The large model alone would have none of them.
+    assert large.max() < read[0].max() + np.log(plausible)
+    out = constrained(
+        models,
+        prompts,
+        KEY,
+        [Few(allowed)] * 6,
+        max_new_tokens=3,
+        combine=ratio_combine(plausible=plausible),
+        temperature=temperature,
+    )
+    tokens = np.asarray(out.tokens)
+    assert set(tokens.flat) <= set(allowed)
+    firsts = set(tokens[:, 0].tolist())
+    assert firsts <= {token for token, good in zip(allowed, inside) if good}
+    if temperature < 0.1:
+        assert firsts == {allowed[int(scores.argmax())]}
+    assert (np.asarray(out.logps) == -np.inf).any()
 
 
 def test_bad_settings_are_refused(model):

@@ -7,7 +7,13 @@ import pytest
 
 from egjax.errors import EgjaxError
 from egjax.lm.ensemble import check_vocabularies, first
-from egjax.lm.generate import _generate, completions, generate, pad_prompts
+from egjax.lm.generate import (
+    _generate,
+    completions,
+    generate,
+    pad_prompts,
+    sampling_logits,
+)
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
 from egjax.losses import behaviour_ratio
@@ -137,6 +143,19 @@ def test_draws_follow_the_models_distribution(model):
     assert drawn == set(np.argsort(-np.asarray(expected))[:2].tolist())
 
 
+def test_the_nucleus_is_the_smallest_set_also_where_tokens_are_alike():
+    for shares, top_p, expected in (
+        ([1 / 8] * 8, 0.5, [0, 1, 2, 3]),
+        ([0.3, 0.4, 0.3, 0.0], 0.6, [0, 1]),
+        ([0.3, 0.4, 0.3, 0.0], 0.8, [0, 1, 2]),
+        ([0.1, 0.5, 0.4, 0.0], 0.3, [1]),
+    ):
+        logits = jnp.log(jnp.array([shares, shares[::-1]]))
+        kept = jnp.isfinite(sampling_logits(logits, jnp.float32(1), jnp.float32(top_p)))
+        assert np.flatnonzero(kept[0]).tolist() == expected
+        assert kept[1].sum() == len(expected)
+
+
 def test_draws_of_a_row_are_independent(model):
     params, config = model
     uniform = [(jax.tree.map(jnp.zeros_like, params), config)]
@@ -173,8 +192,17 @@ def test_bad_settings_are_refused(model):
     prompts = pad_prompts(PROMPTS, pad_id=0, bucket=8)
     with pytest.raises(EgjaxError, match="context of 64"):
         generate([model], prompts, KEY, max_new_tokens=57)
-    with pytest.raises(EgjaxError, match="temperature"):
-        generate([model], prompts, KEY, max_new_tokens=2, temperature=-1.0)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(EgjaxError, match="temperature"):
+            generate([model], prompts, KEY, max_new_tokens=2, temperature=temperature)
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(EgjaxError, match="top_p"):
+            generate([model], prompts, KEY, max_new_tokens=2, top_p=top_p)
+    for count in (0, -3):
+        with pytest.raises(EgjaxError, match=f"{count} new tokens .at least 1"):
+            generate([model], prompts, KEY, max_new_tokens=count)
+    with pytest.raises(EgjaxError, match="no model"):
+        generate([], prompts, KEY, max_new_tokens=2)
     with pytest.raises(EgjaxError, match="empty"):
         pad_prompts([[1], []], pad_id=0)
     with pytest.raises(EgjaxError, match="2 prompts for a batch of 1"):

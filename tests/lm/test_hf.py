@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
-from egjax.lm import hf
+from egjax.lm import hf, int8, lora
 from egjax.lm.model import forward
-from egjax.lm.params import abstract, count
+from egjax.lm.params import abstract, count, unstacked
 
 
 @pytest.fixture
@@ -54,6 +54,55 @@ def test_sharded_files_are_read_through_their_index(folder, params):
     (folder / "b.safetensors").unlink()
     with pytest.raises(EgjaxError, match=r"b\.safetensors: file is missing"):
         hf.load(folder)
+
+
+def test_each_tensor_is_read_from_the_file_that_the_index_names(folder, params):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, folder / "b.safetensors")
+    # Another file holds it, too, and comes later.
+    weights = {**dict.fromkeys(tensors, "a.safetensors"), "more": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    # As in transformers a single file goes before an index.
+    save_file(tensors, folder / "model.safetensors")
+    norm = {"model.norm.weight": tensors["model.norm.weight"] + 2}
+    save_file({**tensors, **norm}, folder / "a.safetensors")
+    same(hf.load(folder)[1], params)
+    (folder / "model.safetensors").unlink()
+    found = hf.load(folder)[1]
+    np.testing.assert_array_equal(found["final_norm"], params["final_norm"] + 2)
+
+
+def test_tensors_that_the_configuration_does_not_account_for_are_refused(
+    config, make_params, tmp_path
+):
+    config = dataclasses.replace(config, attention_bias=False, tie_embeddings=True)
+    params = make_params(config)
+    hf.save(tmp_path, config, params)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.{}.self_attn.{}"
+    others = {
+        name.format(1, "q_proj.bias"): np.ones(32, np.float32),
+        name.format(0, "q_norm.weight"): np.ones(8, np.float32),
+        name.format(3, "k_proj.weight"): np.ones((16, 24), np.float32),
+    }
+    for other, value in others.items():
+        save_file({**tensors, other: value}, weights)
+        with pytest.raises(EgjaxError, match=f"tensor {other} is not of the model"):
+            hf.load(tmp_path)
+    save_file({**tensors, **others}, weights)
+    with pytest.raises(EgjaxError, match=r"q_norm\.weight and 2 more is not"):
+        hf.load(tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    wavelengths = {name.format(0, "rotary_emb.inv_freq"): np.ones(4, np.float32)}
+    save_file({**tensors, **wavelengths, "lm_head.weight": embedding}, weights)
+    same(hf.load(tmp_path)[1], params)
+    same(hf.load(tmp_path, vocab_size=37)[1]["embedding"], params["embedding"][:37])
+    embedding = embedding.copy()
+    embedding[39, 5] += 1
+    save_file({**tensors, "lm_head.weight": embedding}, weights)
+    with pytest.raises(EgjaxError, match=r"lm_head\.weight is not the embedding"):
+        hf.load(tmp_path)
 
 
 def test_large_models_become_several_files(config, params, tmp_path):
@@ -126,6 +175,24 @@ def test_a_padded_vocabulary_is_cut(folder, config, params, tokens):
         hf.load(folder, vocab_size=41)
 
 
+def test_ends_of_the_generation_config_count_too(folder, config, params):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 33], "bos_token_id": 1}))
+    assert hf.load(folder)[0] == dataclasses.replace(config, eos_ids=(2, 33))
+    path.write_text(json.dumps({"eos_token_id": 34}))
+    assert hf.read_config(folder).eos_ids == (2, 34)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert hf.read_config(folder).eos_ids == (34,)
+    with pytest.raises(EgjaxError, match="token 34 starts or ends a text, the tokenizer has 34"):
+        hf.load(folder, vocab_size=34)
+    for wrong in (40, "x", -1):
+        path.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(EgjaxError, match=r"generation_config\.json: field 'eos_token_id'"):
+            hf.load(folder)
+
+
 def test_dtype_may_be_chosen(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -184,6 +251,39 @@ def test_missing_and_broken_files_are_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(EgjaxError, match=r"config\.json: file is missing"):
         hf.load(folder)
+
+
+def test_what_is_no_model_of_the_config_is_not_saved(config, params, folder):
+    adapted = lora.LoraConfig(rank=2)
+    adapter = lora.init(jax.random.key(0), config, adapted)
+    attached = lora.attach(params, adapter, adapted)
+    before = (folder / "model.safetensors").read_bytes()
+    for wrong, message in (
+        (attached, r"an adapter is attached .merge it first"),
+        (lora.Pair(attached), "an adapter is attached"),
+        (int8.quantize(params), "the matrices are in eight bits"),
+        (unstacked(params), "the layers are apart"),
+        ({**params, "more": params["final_norm"]}, r"the config has no \['more'\]"),
+        ({**params, "embedding": params["embedding"][:3]}, r"\['embedding'\] has shape \[3, 24\]"),
+        ({k: v for k, v in params.items() if k != "final_norm"}, "there is no .*final_norm"),
+        ({**params, "final_norm": params["final_norm"].astype(int)}, "is of type int32"),
+    ):
+        with pytest.raises(EgjaxError, match=message):
+            hf.save(folder, config, wrong)
+    for layers in (2, 4):
+        with pytest.raises(EgjaxError, match=rf"has shape \[3, .* expected \[{layers}, "):
+            hf.save(folder, dataclasses.replace(config, num_layers=layers), params)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_files_of_another_kind_are_kept(folder, config, params):
+    kept = ("model_ema.safetensors", "model-best.safetensors", "model-00001-of-00002.safetensors.x")
+    gone = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*kept, *gone):
+        (folder / name).write_bytes(b"mine")
+    hf.save(folder, config, params)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", *kept}
 
 
 def test_a_failed_save_leaves_the_old_files(folder, config, params, monkeypatch):

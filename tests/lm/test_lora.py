@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from egjax.errors import EgjaxError
-from egjax.lm import hf, lora, peft
+from egjax.lm import hf, int8, lora, peft
 from egjax.lm.lora import LoraConfig
 from egjax.lm.model import forward as eager_forward
 from egjax.lm.params import shardings as base_shardings
@@ -200,3 +200,11 @@ def test_what_is_not_supported_is_one_clear_line(config, recorded, tmp_path):
     for wrong, message in (({"rank": 0}, "rank of 0"), ({"targets": ("embedding",)}, "embedding")):
         with pytest.raises(EgjaxError, match=message):
             LoraConfig(**wrong)
+
+
+def test_nothing_is_merged_into_eight_bits(config, params):
+    settings = lora.LoraConfig(rank=2)
+    adapter = lora.init(jax.random.key(0), config, settings)
+    for put in (lora.merge, lora.unmerge):
+        with pytest.raises(EgjaxError, match="eight bits"):
+            put(int8.quantize(params), adapter, settings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,21 @@ def test_decoding_ends_where_the_string_does(config, make_params):
     assert bool(out.ended[0])
     assert np.array_equal(fast.generation.tokens, out.tokens)
     assert np.array_equal(fast.generation.mask, out.mask)
+
+
+def test_long_tokens_cost_what_their_bytes_do():
+    words = [f"{i:05d}".encode() for i in range(20_000)]
+    strings = ["x" * 50 + "y", "0012"]
+    begun = time.perf_counter()
+    stop_table(strings, words, 20_000)
+    short = time.perf_counter() - begun
+    begun = time.perf_counter()
+    stops = stop_table(strings, [*words, b"x" * 2000 + b"y"], 20_001)
+    assert time.perf_counter() - begun < 5 * short + 1
+    assert bool(stops.hit[0, -1])
+    assert np.flatnonzero(stops.hit[0, :-1]).tolist() == [
+        i for i, word in enumerate(words) if b"0012" in word
+    ]
 
 
 def test_cut_takes_the_first_of_several():

@@ -1,4 +1,7 @@
+import json
+
 import pytest
+import tokenizers
 
 from egjax.errors import EgjaxError
 from egjax.lm.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -29,6 +32,7 @@ def test_special_tokens_come_first_and_are_left_out_of_text(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("Walk"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "Walk"
     assert tokenizer.token_id(EOS) == 2
+    assert (tokenizer.special_id(EOS), tokenizer.special_id("Walk")) == (2, None)
     with pytest.raises(EgjaxError, match="<mask>"):
         tokenizer.token_id("<mask>")
 
@@ -49,6 +53,35 @@ def test_saved_tokenizer_loads_here_and_in_transformers(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(TEXTS[3])["input_ids"] == tokenizer.encode(TEXTS[3])
     assert (theirs.pad_token, theirs.bos_token, theirs.eos_token) == (PAD, BOS, EOS)
+
+
+def test_padding_and_cutting_of_a_file_are_left_out(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = str(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(file)
+    backend.enable_truncation(4)
+    backend.enable_padding(pad_id=0, pad_token=PAD, length=64)
+    backend.save(file)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert loaded.encode_with_ends(TEXTS[0]) == tokenizer.encode_with_ends(TEXTS[0])
+    texts = [TEXTS[0], "Walk"]
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+def test_an_id_beyond_a_gap_counts(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocabulary = fields["model"]["vocab"]
+    (last,) = (token for token, number in vocabulary.items() if number == 319)
+    vocabulary[last] = 330
+    file.write_text(json.dumps(fields))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab_size == 331
+    pieces = loaded.token_bytes()
+    assert (len(pieces), pieces[319]) == (331, b"")
+    assert pieces[330] == tokenizer.token_bytes()[319]
 
 
 def test_bad_files_and_sizes_are_refused(tmp_path):
