@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 from typing import ClassVar
 
-__all__ = ["EgjaxError", "NotFiniteError", "require"]
+__all__ = ["EgjaxError", "NotFiniteError", "check_range", "require"]
 
 
 class EgjaxError(Exception):
@@ -34,6 +34,26 @@ class NotFiniteError(EgjaxError):
     """A training step gave NaN or Inf; scripts leave with exit code 3."""
 
     exit_code: ClassVar[int] = 3
+
+
+def check_range(value: float | None, interval: str, *, where: str) -> None:
+    """Refuses a number outside of an interval.
+
+    Args:
+        value: the number; None passes.
+        interval: round brackets leave an end out, e.g. `"(0, inf)"` or `"[0, 0.5)"`.
+        where: the argument.
+
+    Raises:
+        EgjaxError: it is outside, or NaN.
+    """
+    if value is None:
+        return
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise EgjaxError(f"{value} is not in {interval}", where=where)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -4,9 +4,19 @@
     python -m experiments.distill --data FILE.jsonl --large FOLDER --expert FOLDER
         --anti-expert FOLDER --run runs/mine
 
-πᴸ, πᴱ and πᴺ are frozen, the student starts at πᴸ; prefixes are the collected data ("Growing
-Through Experience", arXiv 2506.01312, section 3.3; `--divergence forward` is what its formula says,
-see `egjax.losses.distill`). Needs the stages `text`, `pretrain` and `sft`.
+πᴸ, πᴱ and πᴺ are frozen, the student starts at πᴸ ("Growing Through Experience", arXiv 2506.01312,
+section 3.3). Two independent choices: `--divergence`, per token and exact over the vocabulary
+(`egjax.losses.distill`), and `--prefixes`, after which it is taken:
+
+- `data`: the collected data, the default; with reverse KL what the paper's text says.
+- `teacher`: what π̄ writes for the data's prompts; with `--divergence forward` the paper's formula.
+- `student`: what the student writes, on-policy (GKD, arXiv 2306.13649). `--sampling.share 0.5`
+  samples in half of the steps, the others take the data.
+
+Samples are drawn anew at every step, from its weights. `--stored-top-k K` computes π̄ once for the
+data, keeps its K most probable tokens and the mass of the others in the run directory, and trains
+from these, approximately and without a teacher in memory. Needs the stages `text`, `pretrain` and
+`sft`.
 
 With `--data` prefixes are one's own, JSON lines as in `experiments.sft`, and so are the models: πᴸ,
 πᴱ and πᴺ with one tokenizer, Hugging Face Llamas or stages of a run.
@@ -15,43 +25,70 @@ With `--data` prefixes are one's own, JSON lines as in `experiments.sft`, and so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, check_range
 from egjax.lm.config import LlamaConfig
 from egjax.lm.int8 import quantize
 from egjax.losses import (
     Terms,
+    TopK,
     forward_kl,
     forward_kl_terms,
     generalised_jsd,
     generalised_jsd_terms,
     reverse_kl,
     reverse_kl_terms,
+    skewed_forward_kl,
+    skewed_forward_kl_terms,
+    skewed_reverse_kl,
+    skewed_reverse_kl_terms,
 )
-from egjax.train.data import TokenBatch, pack
+from egjax.train.data import Sample, TokenBatch, pack
 from egjax.train.jsonl import read_samples
-from egjax.train.objectives import Frozen, distill_to_ratio
+from egjax.train.objectives import (
+    Frozen,
+    Taught,
+    distill_to_ratio,
+    distill_to_stored,
+    ratio_top_k,
+)
+from egjax.train.sampling import (
+    PromptBatch,
+    Sampling,
+    by_ratio,
+    by_student,
+    on_samples,
+    pad_samples,
+    parted,
+)
 from egjax.train.step import LossFn
 from experiments import own
-from experiments.common import Done, Stage, emit, finished, open_run, run_main
+from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
 from experiments.models import Model, apply_of, check_one_vocabulary, load, save
-from experiments.sft import Weights, sample_table
-from experiments.training import MODEL, LogTo, Training, figures, mesh_for, placed, train
+from experiments.sft import Weights, fitting_samples
+from experiments.training import MODEL, LogTo, Training, figures, kept, mesh_for, placed, train
 
-__all__ = ["Config", "Ratio", "stage"]
+__all__ = ["DIVERGENCES", "Config", "Ratio", "stage"]
 
-_DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], Terms]] = {
-    "reverse": (reverse_kl, reverse_kl_terms),
-    "forward": (forward_kl, forward_kl_terms),
-    "jsd": (generalised_jsd, generalised_jsd_terms),
-}
+DIVERGENCES: Mapping[str, tuple[Callable[..., jax.Array], Terms, str | None]] = MappingProxyType(
+    {
+        "reverse": (reverse_kl, reverse_kl_terms, None),
+        "forward": (forward_kl, forward_kl_terms, None),
+        "jsd": (generalised_jsd, generalised_jsd_terms, "beta"),
+        "skewed-forward": (skewed_forward_kl, skewed_forward_kl_terms, "skew"),
+        "skewed-reverse": (skewed_reverse_kl, skewed_reverse_kl_terms, "skew"),
+    }
+)
+"""By the names of `--divergence`: of logits, of what a token adds, and the hyper-parameter."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +101,14 @@ class Ratio:
     """Bound on the log-ratio."""
     plausible: float | None = None
     """Tokens with less than this share of πᴸ's most probable one are left out."""
+
+    def __post_init__(self):
+        for name, interval in (
+            ("alpha", "[0, inf)"),
+            ("clip", "(0, inf)"),
+            ("plausible", "(0, 1]"),
+        ):
+            check_range(getattr(self, name), interval, where=f"--ratio.{name}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +123,22 @@ class Config:
     """Length and rate; with `--data`, unless given, rows of 1,024 tokens and a rate of 2e-5."""
     ratio: Ratio = field(default_factory=Ratio)
     """The target."""
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    divergence: Literal["reverse", "forward", "jsd", "skewed-forward", "skewed-reverse"] = "reverse"
     """Token-level divergence."""
+    beta: float | None = None
+    """β of jsd, 0.5 unless given; 0 is forward, 1 reverse KL."""
+    skew: float | None = None
+    """α of the skewed divergences, 0.1 unless given."""
+    temperature: float = 1.0
+    """Divides the logits of student and π̄ in the divergence."""
+    prefixes: Literal["data", "teacher", "student"] = "data"
+    """Who wrote what the divergence is taken after: the data set, π̄, or the student (on-policy)."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How teacher or student write."""
+    stored_top_k: int | None = None
+    """Tokens of π̄ that are kept for each one of the data, in place of the models (approximate)."""
+    stored_folder: Path | None = None
+    """They are kept here rather than in the run directory."""
     int8: bool = False
     """The matrices of the frozen πᴸ, πᴱ and πᴺ in eight bits; the student's are not."""
     data: Path | None = None
@@ -94,6 +153,30 @@ class Config:
     """Write the log to these, too."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
 
+    def __post_init__(self):
+        check_range(self.temperature, "(0, inf)", where="--temperature")
+        check_range(self.stored_top_k, "[1, inf)", where="--stored-top-k")
+        for name, interval in (("beta", "[0, 1]"), ("skew", "(0, 1)")):
+            check_range(getattr(self, name), interval, where=f"--{name}")
+            if getattr(self, name) is not None and DIVERGENCES[self.divergence][2] != name:
+                raise EgjaxError(f"--{name} has no effect with --divergence {self.divergence}")
+        if self.prefixes == "data" and self.sampling != Sampling():
+            raise EgjaxError("--sampling has no effect with --prefixes data")
+        if self.prefixes != "data" and self.stored_top_k is not None:
+            raise EgjaxError(
+                "--stored-top-k is of the data's prefixes",
+                remedy="what is written anew at every step cannot be stored before",
+            )
+        if self.stored_folder is not None and self.stored_top_k is None:
+            raise EgjaxError("--stored-folder has no effect without --stored-top-k")
+
+    def measure(self) -> tuple[Callable[..., jax.Array], Terms]:
+        """The divergence, of logits and by token, with its hyper-parameter."""
+        divergence, terms, name = DIVERGENCES[self.divergence]
+        value = None if name is None else getattr(self, name)
+        options = {} if name is None or value is None else {name: value}
+        return partial(divergence, **options), partial(terms, **options)
+
 
 def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) -> Done:
     """Trains the distilled large model."""
@@ -107,14 +190,17 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
     }
     if config.int8:
         inputs["int8"] = True
+    plain = Config()
+    for name in ("beta", "skew", "temperature", "prefixes", "sampling", "stored_top_k"):
+        if getattr(config, name) != getattr(plain, name):
+            inputs[name] = getattr(config, name)
 
     def work(out: Path) -> None:
         models = {"πᴸ": load(large.path / MODEL), "πᴱ": load(expert.path / MODEL)}
         models["πᴺ"] = load(small.path / MODEL)
         check_one_vocabulary(models)
-        large_config, small_config = models["πᴸ"].config, models["πᴱ"].config
-        table = sample_table(text, large_config, config.training.length, Weights())
-        _train(config, models, objective(config, large_config, small_config), table, out)
+        samples = fitting_samples(text, models["πᴸ"].config, config.training.length, Weights())
+        _train(config, models, None, samples, out)
 
     return Stage(config.run, f"seed{config.seed}/distill", inputs, by="all").run(work)
 
@@ -122,45 +208,108 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
 def objective(
     config: Config, large: LlamaConfig, small: LlamaConfig, vocab_mask: jax.Array | None = None
 ) -> LossFn:
-    """What is minimised; its step takes a `Frozen`."""
-    divergence, terms = _DIVERGENCES[config.divergence]
+    """What is minimised; its step takes a `Frozen`, unless π̄ is stored."""
+    divergence, terms = config.measure()
     layout = config.training.layout
-    return distill_to_ratio(
-        apply_of(large, layout),
-        apply_of(large, layout),
-        apply_of(small, layout),
-        divergence=divergence,
-        terms=terms,
-        vocab_mask=vocab_mask,
-        **vars(config.ratio),
-    )
+    options = {"divergence": divergence, "terms": terms, "temperature": config.temperature}
+    options["vocab_mask"] = vocab_mask
+    student, ratio = apply_of(large, layout), vars(config.ratio)
+    if config.stored_top_k is not None:
+        return distill_to_stored(student, **options)
+    loss = distill_to_ratio(student, student, apply_of(small, layout), **options, **ratio)
+    if config.prefixes == "data":
+        return loss
+    writers = {
+        "student": by_student(large, vocab_mask=vocab_mask),
+        "teacher": by_ratio(large, small, vocab_mask=vocab_mask, **ratio),
+    }
+    return on_samples(loss, writers[config.prefixes], config.sampling)
 
 
 def _train(
     config: Config,
     models: dict[str, Model],
-    loss: LossFn,
-    table: TokenBatch,
+    vocab_mask: jax.Array | None,
+    samples: Sequence[Sample],
     out: Path,
     write: Callable[[Path, Model], None] = save,
 ) -> None:
     mesh = mesh_for(config.training)
-    frozen = [models[name] for name in ("πᴸ", "πᴱ", "πᴺ")]
+    teachers = {name: models[name] for name in ("πᴸ", "πᴱ", "πᴺ")}
     if config.int8:
-        frozen = [model._replace(params=quantize(model.params)) for model in frozen]
+        teachers = {n: m._replace(params=quantize(m.params)) for n, m in teachers.items()}
+    frozen = Frozen(*(placed(model, mesh) for model in teachers.values()))
+    configs = [model.config for model in teachers.values()]
+    if config.prefixes == "data":
+        table: Any = pack(samples, config.training.length)
+    else:
+        table = _prompts(config, samples, min(c.max_seq_len for c in configs))
+    if config.stored_top_k is not None:
+        table = _taught(config, teachers, frozen, vocab_mask, table)
+        frozen, configs = None, ()
     train(
         models["πᴸ"],
-        loss,
+        objective(config, models["πᴸ"].config, models["πᴱ"].config, vocab_mask),
         table,
         config.training,
         seed=config.seed,
         out=out,
         title="distill",
-        frozen=Frozen(*(placed(model, mesh) for model in frozen)),
-        frozen_configs=[model.config for model in frozen],
+        frozen=frozen,
+        frozen_configs=configs,
         log_to=config.log_to,
         write=write,
     )
+
+
+def _prompts(config: Config, samples: Sequence[Sample], context: int) -> PromptBatch:
+    """The prompts that leave room for a completion; the others are told."""
+    new = config.sampling.max_new_tokens
+    room = min(config.training.length + 1, context) - new
+    fitting = [sample for sample in samples if len(parted(sample)[0]) <= room]
+    if not fitting:
+        raise EgjaxError(
+            f"no prompt leaves room for {new} tokens in rows of {config.training.length}",
+            where="--sampling.max-new-tokens",
+        )
+    if len(fitting) < len(samples):
+        left = f"{len(samples) - len(fitting)} of {len(samples)} prompts exceed {room} tokens"
+        note(f"{left}: left out (--sampling.max-new-tokens)")
+    return pad_samples(fitting, new, multiple=1)
+
+
+def _taught(
+    config: Config,
+    teachers: Mapping[str, Model],
+    frozen: Frozen,
+    vocab_mask: jax.Array | None,
+    table: TokenBatch,
+) -> Taught:
+    """The rows with π̄'s most probable tokens at each position."""
+    k, large, small = config.stored_top_k, teachers["πᴸ"].config, teachers["πᴱ"].config
+    if k is None or k >= large.vocab_size:
+        raise EgjaxError(f"{k} of {large.vocab_size} tokens", where="--stored-top-k")
+    layout = config.training.layout
+    top = ratio_top_k(
+        apply_of(large, layout, heads=True),
+        apply_of(small, layout, heads=True),
+        k,
+        temperature=config.temperature,
+        vocab_mask=vocab_mask,
+        **vars(config.ratio),
+    )
+    arrays = kept(
+        lambda params, batch: vars(top(params, batch)),
+        teachers,
+        frozen,
+        table,
+        config.training,
+        kind="teacher",
+        settings=[k, config.temperature, config.ratio],
+        run=config.run,
+        folder=config.stored_folder,
+    )
+    return Taught(table, TopK(**arrays))
 
 
 def _shape(config: LlamaConfig) -> LlamaConfig:
@@ -180,8 +329,8 @@ def own_stage(config: Config) -> Done:
     )
     names = {"πᴸ": "large", "πᴱ": "expert", "πᴺ": "anti_expert"}
     starts = {name: own.Start.at(paths[option]) for name, option in names.items()}
-    large, small = starts["πᴸ"], starts["πᴱ"]
-    if _shape(small.config) != _shape(starts["πᴺ"].config):
+    large = starts["πᴸ"]
+    if _shape(starts["πᴱ"].config) != _shape(starts["πᴺ"].config):
         raise EgjaxError(
             "πᴱ and πᴺ are of different shapes",
             where=str(config.expert),
@@ -189,12 +338,11 @@ def own_stage(config: Config) -> Done:
         )
     samples, chat = read_samples(paths["data"], large.tokenizer, large.template, large.config)
     own.check_alike(starts, chat=chat)
-    kept = own.fitting(samples, [len(s.tokens) for s in samples], config.training, large)
+    fitting = own.fitting(samples, [len(s.tokens) for s in samples], config.training, large)
 
     def work(out: Path) -> None:
-        loss = objective(config, large.config, small.config, large.vocab_mask)
         models = {name: start.load() for name, start in starts.items()}
-        _train(config, models, loss, pack(kept, config.training.length), out, large.write)
+        _train(config, models, large.vocab_mask, fitting, out, large.write)
 
     return own.stage(config, "distill", starts, work)
 

@@ -23,7 +23,7 @@ import tyro
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig
 from egjax.lm.tokenizer import Tokenizer
-from egjax.train.data import TokenBatch, pack
+from egjax.train.data import Sample, TokenBatch, pack
 from egjax.train.jsonl import read_samples
 from egjax.train.objectives import next_token
 from experiments import own
@@ -32,7 +32,7 @@ from experiments.models import apply_of, as_sample, load
 from experiments.text import load_samples
 from experiments.training import MODEL, LogTo, Training, figures, train
 
-__all__ = ["Config", "Weights", "sample_table", "stage"]
+__all__ = ["Config", "Weights", "fitting_samples", "sample_table", "stage"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Config:
 
 def sample_table(text: Done, config: LlamaConfig, length: int, weights: Weights) -> TokenBatch:
     """All samples as packed rows for a model; what does not fit is told."""
+    return pack(fitting_samples(text, config, length, weights), length)
+
+
+def fitting_samples(text: Done, config: LlamaConfig, length: int, weights: Weights) -> list[Sample]:
+    """All samples that fit rows of a length; what does not is told."""
     alpha = vars(weights)
     tokenizer = Tokenizer.load(text.path / "tokenizer")
     samples = [
@@ -83,7 +88,7 @@ def sample_table(text: Done, config: LlamaConfig, length: int, weights: Weights)
     if len(fitting) < len(samples):
         left = len(samples) - len(fitting)
         note(f"{left} of {len(samples)} samples exceed {length} tokens: left out")
-    return pack(fitting, length)
+    return fitting
 
 
 def stage(config: Config, text: Done, small: Done) -> Done:

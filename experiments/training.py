@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +24,17 @@ from egjax.lm.lora import LoraConfig, merge
 from egjax.lm.lora import init as init_adapter
 from egjax.lm.lora import shardings as adapter_shardings
 from egjax.mesh import batch_sharding, make_mesh, place
+from egjax.train import stored
 from egjax.train.adapters import FrozenBase, adapted
-from egjax.train.data import Shuffled
+from egjax.train.data import Shuffled, num_rows
 from egjax.train.flops import peak_flops, step_work
 from egjax.train.layout import SAME_RESULT, Layout, cast, masters, placed_step
 from egjax.train.loop import fit
 from egjax.train.optim import SCHEDULES, OptimConfig, make_optimizer
+from egjax.train.sampling import PromptBatch
 from egjax.train.step import LossFn, init_state, make_train_step, state_shardings
 from egjax.train.writers import writers
-from experiments.common import Done, inputs_of, note, save_then_stop
+from experiments.common import Done, fingerprint, inputs_of, note, save_then_stop
 from experiments.models import Model, save
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "curve",
     "figures",
     "gathered",
+    "kept",
     "mesh_for",
     "placed",
     "train",
@@ -143,6 +146,8 @@ def train(
         _tell_mesh(mesh, config, title)
     layout = replace(config.layout, master=config.layout.master or "float32")
     model.config.check_length(config.length, where="rows of training data")
+    # What is sampled in a step is not known before it.
+    known = not isinstance(table, PromptBatch)
     base = placed(model, mesh)
     if lora is None:
         placed_model = placed_step(loss, model.config, tx, mesh, layout)
@@ -180,7 +185,7 @@ def train(
             on_log=on_log,
             stop=stop,
             title=title,
-            work=step_work(model.config, frozen_configs),
+            work=step_work(model.config, frozen_configs) if known else None,
             peak=peak_flops(list(mesh.devices.flat)),
         )
         stop.close()
@@ -236,6 +241,51 @@ def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
     table = int8.table if int8.is_quantized(model.params) else params.table
     return place(model.params, params.placements(table(model.config), mesh))
+
+
+def kept(
+    fn: Callable[[Any, Any], Mapping[str, Any]],
+    models: Mapping[str, Model],
+    params: Any,
+    table: Any,
+    config: Training,
+    *,
+    kind: str,
+    settings: Any,
+    run: Path,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """What frozen models say about a table: computed once, then read from disk.
+
+    Args:
+        fn: `(params, batch) -> arrays` by name, see `egjax.train.stored.compute`.
+        models: by name, as they were loaded; what is stored is theirs alone.
+        params: theirs on the mesh of `config`, as `fn` takes them.
+        table: rows of tokens.
+        config: says how many rows are read at once.
+        kind: names the quantity.
+        settings: what else decides the arrays, as `fingerprint` takes it.
+        run: the run directory; in its `stored` there is a folder for each kind and for all that it
+            was made from.
+        folder: keep them here instead.
+
+    Raises:
+        EgjaxError: what is in the folder was made from another model, tokenizer, table or setting.
+    """
+    made_from = stored.Fingerprint(
+        model=stored.fingerprint({name: model.params for name, model in models.items()}),
+        tokenizer=fingerprint([model.tokenizer for model in models.values()]),
+        data=stored.fingerprint(table),
+        settings=fingerprint([kind, settings]),
+    )
+    folder = folder or run / "stored" / f"{kind}-{fingerprint(made_from)[:12]}"
+    rows, sharding = config.batch // config.layout.accumulate, batch_sharding(mesh_for(config))
+    return stored.cached(
+        folder,
+        lambda: stored.compute(fn, params, table, rows, sharding),
+        num_rows(table),
+        made_from,
+    )
 
 
 def gathered(params: Any) -> Any:

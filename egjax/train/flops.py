@@ -20,6 +20,7 @@ import numpy as np
 from egjax.lm.config import LlamaConfig
 from egjax.train.data import PairBatch, SharedPairBatch, TokenBatch
 from egjax.train.loop import Work
+from egjax.train.objectives import Taught
 
 __all__ = ["PEAKS", "forward_flops", "matrix_rate", "peak_flops", "step_work"]
 
@@ -108,7 +109,7 @@ def _rows(array: Any) -> tuple[np.ndarray, float]:
 
 def step_work(
     trained: LlamaConfig, frozen: Sequence[LlamaConfig] = ()
-) -> Callable[[TokenBatch | PairBatch | SharedPairBatch], Work]:
+) -> Callable[[TokenBatch | PairBatch | SharedPairBatch | Taught], Work]:
     """What a step does with a batch, for `egjax.train.loop.fit`.
 
     Of several processes each counts its own rows for all.
@@ -118,9 +119,10 @@ def step_work(
         frozen: models that are run forward on the same rows.
     """
 
-    def work(batch: TokenBatch | PairBatch | SharedPairBatch) -> Work:
+    def work(batch: TokenBatch | PairBatch | SharedPairBatch | Taught) -> Work:
+        rows: Any = batch.rows if isinstance(batch, Taught) else batch
         tokens = flops = 0.0
-        parts = (batch.chosen, batch.rejected) if isinstance(batch, PairBatch) else (batch,)
+        parts = (rows.chosen, rows.rejected) if isinstance(rows, PairBatch) else (rows,)
         for part in parts:
             segments, share = _rows(part.segment_ids)
             real = segments > 0

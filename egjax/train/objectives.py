@@ -10,12 +10,14 @@ and [batch, time, vocabulary] never exists; metrics that need all logits (accura
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec
 
 from egjax.losses import (
@@ -24,9 +26,11 @@ from egjax.losses import (
     Ratio,
     Targets,
     Terms,
+    TopK,
     behaviour_ratio,
     chunked_loss,
     chunked_sequence_logps,
+    chunked_top_k,
     forward_kl_terms,
     kl_to_initial,
     reverse_kl,
@@ -45,10 +49,15 @@ __all__ = [
     "Apply",
     "Frozen",
     "PairLogps",
+    "Taught",
     "distill_to_ratio",
+    "distill_to_stored",
+    "initial_top_k",
     "next_token",
+    "on_pairs",
     "preference",
     "preference_with_initial",
+    "ratio_top_k",
     "reference_logps",
     "tokens_a_device",
 ]
@@ -81,6 +90,20 @@ class Frozen(NamedTuple):
     anti_expert: Params
 
 
+@struct.dataclass
+class Taught:
+    """Rows with what a frozen model says about them, computed before (`egjax.train.stored`).
+
+    Attributes:
+        rows: a `TokenBatch`, or pairs.
+        teacher: `TopK` of each position of the rows [B, T]; of pairs, of each token of both
+            completions [B, 2, C].
+    """
+
+    rows: Any
+    teacher: TopK
+
+
 class _Completions(NamedTuple):
     """Targets and mask [2B, C] of chosen completions, then of rejected ones."""
 
@@ -100,6 +123,21 @@ class PairLogps(NamedTuple):
 
 
 PreferenceLoss = Callable[[PairLogps], tuple[Array, Metrics]]
+
+
+def on_pairs(loss: Callable[..., tuple[Array, Metrics]], **settings: Any) -> PreferenceLoss:
+    """A loss of `egjax.losses` as objectives take it.
+
+    Args:
+        loss: its arguments are found by their names, those of `PairLogps`.
+        settings: its hyper-parameters.
+    """
+    wanted = [name for name in inspect.signature(loss).parameters if name in PairLogps._fields]
+
+    def bound(pairs: PairLogps) -> tuple[Array, Metrics]:
+        return loss(*(getattr(pairs, name) for name in wanted), **settings)
+
+    return bound
 
 
 def _outputs(apply: Apply, params: Params, batch: TokenBatch | SharedPairBatch) -> Any:
@@ -156,14 +194,14 @@ def _weighted_sum(
     terms: Terms,
     vocab_mask: Array | None,
     *,
+    temperature: float = 1.0,
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
     """`chunked_loss` on the mesh in use: the sum, and the losses of the tokens."""
+    options = {"terms": terms, "temperature": temperature, "z_loss": z_loss}
 
     def chunked(student: Head, others: Any, mask: Array | None, **sizes: int) -> Any:
-        total, losses = chunked_loss(
-            student, *others, terms=terms, vocab_mask=mask, z_loss=z_loss, **sizes
-        )
+        total, losses = chunked_loss(student, *others, vocab_mask=mask, **options, **sizes)
         return total[None], losses
 
     totals, losses = _by_device(chunked, student, (teacher, weights), vocab_mask)
@@ -238,9 +276,11 @@ def distill_to_ratio(
     alpha: float = 1.0,
     clip: float | None = None,
     plausible: float | None = None,
+    temperature: float = 1.0,
     vocab_mask: Array | None = None,
 ) -> LossFn:
-    """Distils `π̄ ∝ πᴸ (πᴱ/πᴺ)^α` into the student, on the prefixes of the data set.
+    """Distils `π̄ ∝ πᴸ (πᴱ/πᴺ)^α` into the student, on the prefixes of the batch: those of the data
+    set, or what a model wrote (`egjax.train.sampling.on_samples`).
 
     Args:
         student: the model that learns; it usually starts at the large model's parameters.
@@ -252,12 +292,14 @@ def distill_to_ratio(
         alpha: exponent of the ratio.
         clip: bound on the log-ratio, see `egjax.losses.behaviour_ratio`.
         plausible: threshold of the plausible set, see there.
+        temperature: divides the student's logits and π̄'s log-probabilities.
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
         Loss over `TokenBatch`, whose step takes a `Frozen`; metrics: nll (of the data under the
         student), teacher_accuracy (of π̄'s most probable token on the data); none with heads.
     """
+    measure = partial(_distilled, divergence, terms, temperature, vocab_mask)
 
     def loss_fn(params: Params, batch: TokenBatch, key: Array, frozen: Frozen):
         models = (
@@ -267,24 +309,118 @@ def distill_to_ratio(
         )
         logits = _outputs(student, params, batch)
         if isinstance(logits, Head):
-            weights = jnp.where(batch.mask, batch.weights, 0.0)
-            teacher = Ratio(*models, alpha=alpha, clip=clip, plausible=plausible)
-            total, _ = _weighted_sum(logits, teacher, weights, terms, vocab_mask)
-            return total, batch.mask.sum(), {}
+            return measure(
+                logits, Ratio(*models, alpha=alpha, clip=clip, plausible=plausible), batch
+            )
         teacher = behaviour_ratio(
             *models, alpha=alpha, clip=clip, plausible=plausible, vocab_mask=vocab_mask
         )
-        losses = divergence(logits, teacher, vocab_mask=vocab_mask)
-        # The mask chooses the positions, the task weight says how much each counts.
-        total = _masked_sum(batch.weights * losses, batch.mask)
-        count = batch.mask.sum()
-        logps = token_logps(logits, batch.targets, vocab_mask)
-        right = teacher.argmax(-1) == batch.targets
-        metrics = {
-            "nll": (-_masked_sum(logps, batch.mask), count),
-            "teacher_accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
-        }
-        return total, count, metrics
+        return measure(logits, teacher, batch)
+
+    return loss_fn
+
+
+def _distilled(
+    divergence: Callable[..., Array],
+    terms: Terms,
+    temperature: float,
+    vocab_mask: Array | None,
+    student: Any,
+    teacher: Any,
+    batch: TokenBatch,
+) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
+    """Loss, count and metrics of logits and a teacher's, or of a head and a chunked teacher."""
+    count = batch.mask.sum()
+    if isinstance(student, Head):
+        weights = jnp.where(batch.mask, batch.weights, 0.0)
+        total, _ = _weighted_sum(
+            student, teacher, weights, terms, vocab_mask, temperature=temperature
+        )
+        return total, count, {}
+    losses = divergence(student, teacher, temperature=temperature, vocab_mask=vocab_mask)
+    # The mask chooses the positions, the task weight says how much each counts.
+    total = _masked_sum(batch.weights * losses, batch.mask)
+    logps = token_logps(student, batch.targets, vocab_mask)
+    right = teacher.argmax(-1) == batch.targets
+    metrics = {
+        "nll": (-_masked_sum(logps, batch.mask), count),
+        "teacher_accuracy": (_masked_sum(right.astype(jnp.float32), batch.mask), count),
+    }
+    return total, count, metrics
+
+
+def ratio_top_k(
+    large: Apply,
+    small: Apply,
+    k: int,
+    *,
+    alpha: float = 1.0,
+    clip: float | None = None,
+    plausible: float | None = None,
+    temperature: float = 1.0,
+    vocab_mask: Array | None = None,
+) -> Callable[[Frozen, TokenBatch], TopK]:
+    """Builds `(frozen, batch) -> TopK`: π̄'s k most probable tokens and the mass of the others, for
+    `distill_to_stored`.
+
+    Args:
+        large, small: models that give heads.
+        k: below V.
+        alpha, clip, plausible, temperature, vocab_mask: as in `distill_to_ratio`.
+    """
+
+    def top(frozen: Frozen, batch: TokenBatch) -> TopK:
+        models = (
+            _outputs(large, frozen.large, batch),
+            _outputs(small, frozen.expert, batch),
+            _outputs(small, frozen.anti_expert, batch),
+        )
+        ratio = Ratio(*models, alpha=alpha, clip=clip, plausible=plausible)
+        return _top_k(ratio, k, temperature, vocab_mask)
+
+    return top
+
+
+def _top_k(teacher: Head | Ratio, k: int, temperature: float, vocab_mask: Array | None) -> TopK:
+    """`chunked_top_k` on the mesh in use."""
+
+    def chunked(_: Head, teacher: Any, mask: Array | None, **sizes: int) -> TopK:
+        tokens = sizes.get("tokens")
+        return chunked_top_k(teacher, k, temperature=temperature, vocab_mask=mask, tokens=tokens)
+
+    head = teacher.large if isinstance(teacher, Ratio) else teacher
+    return _by_device(chunked, head, teacher, vocab_mask)
+
+
+def distill_to_stored(
+    student: Apply,
+    *,
+    divergence: Callable[..., Array] = reverse_kl,
+    terms: Terms = reverse_kl_terms,
+    temperature: float = 1.0,
+    vocab_mask: Array | None = None,
+) -> LossFn:
+    """Distils a stored teacher: approximate, see `egjax.losses.TopK`. No teacher is run.
+
+    Args:
+        student: the model that learns.
+        divergence, terms, vocab_mask: as in `distill_to_ratio`.
+        temperature: that of the stored teacher.
+
+    Returns:
+        Loss over `Taught` rows of tokens; metrics as in `distill_to_ratio`.
+    """
+
+    def loss_fn(params: Params, batch: Taught, key: Array, frozen: Any):
+        rows, teacher = batch.rows, batch.teacher
+        logits = _outputs(student, params, rows)
+        if isinstance(logits, Head):
+            return _distilled(divergence, terms, temperature, vocab_mask, logits, teacher, rows)
+        flat = logits.reshape(-1, logits.shape[-1])
+        teacher = teacher.pick(lambda x: x.reshape(flat.shape[0], *x.shape[rows.tokens.ndim :]))
+        scores: Any = teacher.scores(jnp.float32(temperature), vocab_mask)
+        known = scores(jax.lax.stop_gradient(flat)).reshape(logits.shape)
+        return _distilled(divergence, terms, temperature, vocab_mask, logits, known, rows)
 
     return loss_fn
 
@@ -327,29 +463,61 @@ def _pair_metrics(metrics: Metrics, mask: Array) -> dict[str, tuple[Array, Array
     return {name: (_masked_sum(v, mask), mask.sum()) for name, v in metrics._asdict().items()}
 
 
-def preference(apply: Apply, loss: PreferenceLoss, *, vocab_mask: Array | None = None) -> LossFn:
+def preference(
+    apply: Apply,
+    loss: PreferenceLoss,
+    *,
+    kl_weight: float = 0.0,
+    vocab_mask: Array | None = None,
+) -> LossFn:
     """Preference optimisation with the reference's log-probabilities read from the batch.
 
     Args:
-        apply: the model.
-        loss: e.g. `lambda p: dpo(p.chosen, p.rejected, p.ref_chosen, p.ref_rejected, beta=0.1)`.
+        apply: the model; one that gives heads if λ > 0.
+        loss: e.g. `on_pairs(dpo, beta=0.1)`.
+        kl_weight: λ ≥ 0, of the KL to a stored initial policy: approximate, see
+            `egjax.losses.TopK`.
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        Loss over `PairBatch` or `SharedPairBatch`, per pair; metrics as in
-        `egjax.losses.Metrics`.
+        Loss over `PairBatch` or `SharedPairBatch`, if λ > 0 over `Taught` ones, per pair; metrics
+        as in `egjax.losses.Metrics`, and kl_top_k (nats per completion) if λ > 0.
     """
 
-    def loss_fn(params: Params, batch: Pairs, key: Array, frozen: Any):
-        rows = _both(batch)
-        logps, lengths = _sequence_logps(_pair_outputs(apply, params, batch), rows, vocab_mask)
+    def loss_fn(params: Params, batch: Pairs | Taught, key: Array, frozen: Any):
+        pairs = batch.rows if isinstance(batch, Taught) else batch
+        rows = _both(pairs)
+        outputs = _pair_outputs(apply, params, pairs)
+        logps, lengths = _sequence_logps(outputs, rows, vocab_mask)
         losses, metrics = loss(
-            PairLogps(*_halves(logps), *_halves(lengths), batch.ref_chosen, batch.ref_rejected)
+            PairLogps(*_halves(logps), *_halves(lengths), pairs.ref_chosen, pairs.ref_rejected)
         )
-        total = _masked_sum(losses, batch.mask)
-        return total, batch.mask.sum(), _pair_metrics(metrics, batch.mask)
+        total, count = _masked_sum(losses, pairs.mask), pairs.mask.sum()
+        means = _pair_metrics(metrics, pairs.mask)
+        if not kl_weight:
+            return total, count, means
+        assert isinstance(batch, Taught)
+        initial = batch.teacher.pick(_sides_first)
+        penalty, kl = _penalty(outputs, initial, rows, pairs, kl_weight, vocab_mask)
+        return total + penalty, count, means | {"kl_top_k": (kl, count)}
 
     return loss_fn
+
+
+def _penalty(
+    student: Head,
+    initial: Any,
+    rows: TokenBatch | _Completions,
+    pairs: Pairs,
+    kl_weight: float,
+    vocab_mask: Array | None,
+) -> tuple[Array, Array]:
+    """Sums over a batch of `λ KL(π ‖ π₀)`, and of the KL, averaged over the completions of each
+    pair."""
+    counted = rows.mask & jnp.concatenate([pairs.mask, pairs.mask])[:, None]
+    weights = kl_weight / 2 * counted
+    penalty, kls = _weighted_sum(student, initial, weights, reverse_kl_terms, vocab_mask)
+    return penalty, _masked_sum(kls, counted) / 2
 
 
 def preference_with_initial(
@@ -367,7 +535,7 @@ def preference_with_initial(
 
     Args:
         apply: the model.
-        loss: e.g. `lambda p: dpo_paper(p.chosen, p.rejected, beta=0.1)`.
+        loss: e.g. `on_pairs(dpo_paper, beta=0.1)`.
         kl_weight: λ ≥ 0; the KL is not computed at 0.
         vocab_mask: bool[V], False for padded columns.
 
@@ -388,13 +556,8 @@ def preference_with_initial(
             total = _masked_sum(losses, batch.mask)
             return total, count, _pair_metrics(metrics, batch.mask)
         if isinstance(logits, Head):
-            counted = rows.mask & jnp.concatenate([batch.mask, batch.mask])[:, None]
-            penalty, kls = _weighted_sum(
-                logits, initial, kl_weight / 2 * counted, reverse_kl_terms, vocab_mask
-            )
-            metrics = _pair_metrics(metrics, batch.mask) | {
-                "kl": (_masked_sum(kls, counted) / 2, count)
-            }
+            penalty, kl = _penalty(logits, initial, rows, batch, kl_weight, vocab_mask)
+            metrics = _pair_metrics(metrics, batch.mask) | {"kl": (kl, count)}
             return _masked_sum(losses, batch.mask) + penalty, count, metrics
         chosen_kl, rejected_kl = _halves(kl_to_initial(logits, initial, rows.mask, vocab_mask))
         kl = (chosen_kl + rejected_kl) / 2
@@ -432,3 +595,22 @@ def reference_logps(
         return dataclasses.replace(batch, ref_chosen=chosen, ref_rejected=rejected)
 
     return fill
+
+
+def initial_top_k(
+    apply: Apply, k: int, *, vocab_mask: Array | None = None
+) -> Callable[[Params, Pairs], TopK]:
+    """Builds `(params, batch) -> TopK` of the initial policy on both completions of each pair,
+    [B, 2, C], for `preference` over `Taught` pairs.
+
+    Args:
+        apply: the initial policy, giving heads.
+        k: tokens that are kept, below V.
+        vocab_mask: bool[V], False for padded columns.
+    """
+
+    def top(params: Params, batch: Pairs) -> TopK:
+        found = _top_k(_pair_outputs(apply, params, batch), k, 1.0, vocab_mask)
+        return found.pick(lambda x: x.reshape(2, -1, *x.shape[1:]).swapaxes(0, 1))
+
+    return top

@@ -8,6 +8,7 @@ is pickled or executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from egjax import hosts
 from egjax.errors import EgjaxError
+from egjax.files import absolute, local_copy, written_here
 from egjax.train.checkpoint import writing
 from egjax.train.data import in_order, num_rows
 
@@ -60,7 +64,11 @@ def fingerprint(tree: Any) -> str:
 
 
 def compute(
-    fn: Callable[[Any, Any], Mapping[str, Any]], params: Any, table: Any, batch_size: int
+    fn: Callable[[Any, Any], Mapping[str, Any]],
+    params: Any,
+    table: Any,
+    batch_size: int,
+    sharding: NamedSharding | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Applies a jitted function to a table, batch by batch in order.
 
@@ -69,11 +77,21 @@ def compute(
         params: of the frozen model or models.
         table: pytree of numpy arrays with one leading axis of rows.
         batch_size: B; the last batch is filled up, and cut again.
+        sharding: of a batch, where `params` lie on a mesh, which may span processes: all of them
+            call it.
 
     Yields:
         Arrays of the rows of each batch.
     """
-    run, left = jax.jit(fn), num_rows(table)
+
+    def on_mesh(params: Any, batch: Any) -> Mapping[str, Any]:
+        assert sharding is not None
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+            return fn(params, jax.lax.with_sharding_constraint(batch, sharding))
+
+    everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+    run = jax.jit(fn) if sharding is None else jax.jit(on_mesh, out_shardings=everywhere)
+    left = num_rows(table)
     for batch in in_order(table, batch_size):
         arrays = run(params, batch)
         yield {name: np.asarray(array)[:left] for name, array in arrays.items()}
@@ -213,16 +231,24 @@ def cached(
     rows: int,
     made_from: Fingerprint,
 ) -> dict[str, np.ndarray]:
-    """`load`, after a `save` if the folder is not there.
+    """`load`, after a `save` if the folder is not there. Of several processes all call it, and the
+    first one writes.
 
     Args:
-        path: the folder.
+        path: the folder, which may be in a bucket.
         batches: gives what `save` takes; called only if it is needed.
         rows, made_from: see `save`.
 
     Raises:
         EgjaxError: as both. A folder made from other things is an error, not overwritten.
     """
-    if not Path(path).exists():
-        save(path, batches(), rows, made_from)
-    return load(path, made_from)
+    path = absolute(path)
+    if hosts.agree(f"looking for {path}", str(path.exists())) == str(False):
+        with written_here(path) if hosts.index() == 0 else contextlib.nullcontext() as folder:
+            if folder is not None:
+                save(folder, batches(), rows, made_from)
+            else:
+                for _ in batches():  # its devices take part in every batch
+                    pass
+        hosts.barrier(f"what is stored in {path}")
+    return load(local_copy(path), made_from)
