@@ -1,0 +1,157 @@
+"""Divergences, prefixes and stored teachers of distillation from the command line."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import get_args, get_type_hints
+
+import jax
+import numpy as np
+import pytest
+
+from egjax import losses
+from egjax.errors import EgjaxError
+from egjax.lm import hf
+from egjax.losses import distill as divergences
+from egjax.train.layout import Layout
+from egjax.train.sampling import Sampling
+from experiments import distill, training
+from experiments.training import Training
+
+SHORT = Training(steps=3, batch=4, length=48, learning_rate=1e-2, save_every=1)
+EIGHT = Sampling(max_new_tokens=8)
+WANT = [
+    ({}, losses.reverse_kl),
+    ({"divergence": "forward"}, losses.forward_kl),
+    ({"divergence": "jsd", "beta": 0.3}, partial(losses.generalised_jsd, beta=0.3)),
+    ({"divergence": "skewed-forward", "skew": 0.3}, partial(losses.skewed_forward_kl, skew=0.3)),
+    ({"divergence": "skewed-reverse"}, losses.skewed_reverse_kl),
+]
+
+
+@pytest.mark.parametrize(("options", "want"), WANT)
+def test_options_reach_the_divergence(options, want):
+    student, teacher = jax.random.normal(jax.random.key(0), (2, 5, 11))
+    divergence, terms = distill.Config(**options).measure()
+    expected = want(student, teacher)
+    np.testing.assert_array_equal(divergence(student, teacher), expected)
+    logps = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    np.testing.assert_allclose(terms(*logps).sum(-1), expected, rtol=1e-5)
+
+
+def test_every_divergence_can_be_chosen():
+    assert set(get_args(get_type_hints(distill.Config)["divergence"])) == set(distill.DIVERGENCES)
+    names = {name for name in divergences.__all__ if f"{name}_terms" in divergences.__all__}
+    known = {function for function, *_ in distill.DIVERGENCES.values()}
+    assert {getattr(losses, name) for name in names} == known
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": 0.0}, r"--temperature: 0.0 is not in \(0, inf\)"),
+        ({"divergence": "jsd", "beta": 1.5}, r"--beta: 1.5 is not in \[0, 1\]"),
+        ({"divergence": "skewed-forward", "skew": 1.0}, r"--skew: 1.0 is not in \(0, 1\)"),
+        ({"beta": 0.5}, "--beta has no effect with --divergence reverse"),
+        ({"sampling": EIGHT}, "--sampling has no effect with --prefixes data"),
+        ({"prefixes": "student", "stored_top_k": 4}, "--stored-top-k is of the data's prefixes"),
+        ({"stored_top_k": 0}, "--stored-top-k: 0 is not in"),
+        ({"stored_folder": "x"}, "no effect without --stored-top-k"),
+    ],
+)
+def test_settings_without_sense_are_refused(options, said):
+    with pytest.raises(EgjaxError, match=said):
+        distill.Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clip": 0.0}, r"--ratio\.clip: 0.0 is not in \(0, inf\)"),
+        ({"plausible": 1.1}, r"--ratio\.plausible: 1.1 is not in \(0, 1\]"),
+        ({"alpha": -1.0}, r"--ratio\.alpha: -1.0"),
+    ],
+)
+def test_ratios_out_of_range_are_refused(options, said):
+    with pytest.raises(EgjaxError, match=said):
+        distill.Ratio(**options)
+
+
+@pytest.fixture
+def config(folders, tmp_path):
+    names = {"large": "large", "expert": "expert", "anti_expert": "anti"}
+    places = {option: folders / name for option, name in names.items()}
+    return distill.Config(
+        data=folders / "samples.jsonl", run=tmp_path / "run", training=SHORT, **places
+    )
+
+
+def lines(done):
+    return [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_prefixes_of_the_student_and_a_stopped_run(config, tmp_path, monkeypatch):
+    """A run that was stopped on the way ends with the weights of one that was not."""
+    config = replace(config, prefixes="student", sampling=replace(EIGHT, share=0.6))
+    whole = distill.own_stage(config)
+    assert all(0 < row["completion_tokens"] <= 8 for row in lines(whole))
+    assert "tokens_per_second" not in lines(whole)[-1]  # what is sampled is not counted
+    config, writers = replace(config, run=tmp_path / "stopped"), training.writers
+
+    @contextmanager
+    def stopping(*arguments):
+        with writers(*arguments) as log:
+
+            def stop(step, metrics):
+                log(step, metrics)
+                if step == 2:
+                    raise KeyboardInterrupt
+
+            yield stop
+
+    monkeypatch.setattr(training, "writers", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill.own_stage(config)
+    monkeypatch.undo()
+    done = distill.own_stage(config)
+    found, want = (hf.load(stage.path / "model")[1] for stage in (done, whole))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert [row["step"] for row in lines(done)] == [1, 2, 3]
+    assert [row["loss"] for row in lines(done)] == [row["loss"] for row in lines(whole)]
+
+
+def test_prefixes_of_the_teacher(config, capsys):
+    config = replace(config, prefixes="teacher", sampling=EIGHT, divergence="forward")
+    first, *_, last = lines(distill.own_stage(config))
+    assert last["loss"] < first["loss"]
+    with pytest.raises(EgjaxError, match="no prompt leaves room for 48 tokens in rows of 48"):
+        distill.own_stage(replace(config, sampling=Sampling(max_new_tokens=48)))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_stored_teacher(config, chunked, tmp_path, monkeypatch):
+    layout = Layout(chunked=chunked)
+    config = replace(config, training=replace(SHORT, layout=layout), temperature=1.5)
+    exact = lines(distill.own_stage(config))
+    given, train = [], distill.train
+    monkeypatch.setattr(
+        distill, "train", lambda *a, **o: (given.append(o["frozen"]), train(*a, **o))
+    )
+    size = hf.load(config.large)[0].vocab_size - 3  # without padded columns
+    for k in (4, size - 1):
+        folder = tmp_path / f"top-{k}"
+        few = replace(config, stored_top_k=k, stored_folder=folder, run=tmp_path / f"run-{k}")
+        found = lines(distill.own_stage(few))
+    assert given == [None, None]
+    for row, want in zip(found, exact, strict=True):  # all but one token, and the rest
+        np.testing.assert_allclose(row["loss"], want["loss"], rtol=1e-3)
+    ids = np.load(tmp_path / "top-4" / "ids.npy")
+    assert ids.shape[1:] == (48, 4)
+    assert ids.max() < size
+    if chunked:
+        with pytest.raises(EgjaxError, match="stored for another settings"):
+            distill.own_stage(replace(few, temperature=1.0))
+        swapped = replace(few, expert=config.anti_expert, anti_expert=config.expert)
+        with pytest.raises(EgjaxError, match="stored for another model"):
+            distill.own_stage(swapped)
