@@ -75,7 +75,17 @@ from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
 from experiments.models import Model, apply_of, check_one_vocabulary, load, save
 from experiments.sft import Weights, fitting_samples
-from experiments.training import MODEL, LogTo, Training, figures, kept, mesh_for, placed, train
+from experiments.training import (
+    MODEL,
+    LogTo,
+    Training,
+    figures,
+    freed,
+    kept,
+    mesh_for,
+    placed,
+    train,
+)
 
 __all__ = ["DIVERGENCES", "Config", "Ratio", "stage"]
 
@@ -234,22 +244,25 @@ def _train(
     out: Path,
     write: Callable[[Path, Model], None] = save,
 ) -> None:
-    mesh = mesh_for(config.training)
+    mesh, start = mesh_for(config.training), models["πᴸ"]
+    loss = objective(config, start.config, models["πᴱ"].config, vocab_mask)
     teachers = {name: models[name] for name in ("πᴸ", "πᴱ", "πᴺ")}
     if config.int8:
         teachers = {n: m._replace(params=quantize(m.params)) for n, m in teachers.items()}
-    frozen = Frozen(*(placed(model, mesh) for model in teachers.values()))
+    frozen: Frozen | None = Frozen(*(placed(model, mesh) for model in teachers.values()))
     configs = [model.config for model in teachers.values()]
+    stores = config.stored_top_k is not None
     if config.prefixes == "data":
         table: Any = pack(samples, config.training.length)
     else:
         table = _prompts(config, samples, min(c.max_seq_len for c in configs))
-    if config.stored_top_k is not None:
+    if stores:
         table = _taught(config, teachers, frozen, vocab_mask, table)
-        frozen, configs = None, ()
+        freed([models[name].params for name in ("πᴱ", "πᴺ")], frozen.expert, frozen.anti_expert)
+        frozen, teachers, configs = None, {}, []
     train(
-        models["πᴸ"],
-        objective(config, models["πᴸ"].config, models["πᴱ"].config, vocab_mask),
+        start,
+        loss,
         table,
         config.training,
         seed=config.seed,
@@ -257,6 +270,7 @@ def _train(
         title="distill",
         frozen=frozen,
         frozen_configs=configs,
+        consume=stores,
         log_to=config.log_to,
         write=write,
     )

@@ -258,6 +258,7 @@ def _train(
         title="dpo",
         frozen=placed(model, mesh) if beside else None,
         frozen_configs=[model.config] if beside else (),
+        consume=not beside,
         log_to=config.log_to,
         write=write,
     )

@@ -45,6 +45,7 @@ __all__ = [
     "Training",
     "curve",
     "figures",
+    "freed",
     "gathered",
     "kept",
     "mesh_for",
@@ -110,6 +111,7 @@ def train(
     frozen: Any = None,
     frozen_configs: Sequence[LlamaConfig] = (),
     lora: LoraConfig | None = None,
+    consume: bool = False,
     log_to: Sequence[str] = (),
     write: Callable[[Path, Model], None] = save,
 ) -> None:
@@ -130,6 +132,8 @@ def train(
         frozen_configs: the models that a step runs forward beside the trained one.
         lora: train this adapter in place of the weights. It is written to `out/adapter` in PEFT's
             layout, and the model with it merged in.
+        consume: the weights that `model` came with are freed once training has copied them, whoever
+            else refers to them; not with an adapter.
         log_to: see `egjax.train.writers`.
         write: `(folder, model)`, how the model is written.
 
@@ -153,6 +157,8 @@ def train(
         placed_model = placed_step(loss, model.config, tx, mesh, layout)
         step = placed_model.step
         state = init_state(masters(base, layout), tx, placed_model.shardings)
+        if consume:
+            freed(model.params, base)
     else:
         adapter = init_adapter(jax.random.key(seed), model.config, lora, mesh)
         places = adapter_shardings(model.config, lora, mesh)
@@ -241,6 +247,13 @@ def placed(model: Model, mesh: Mesh) -> Any:
     """Parameters of a model where its table of tensors puts them on a mesh."""
     table = int8.table if int8.is_quantized(model.params) else params.table
     return place(model.params, params.placements(table(model.config), mesh))
+
+
+def freed(*trees: Any) -> None:
+    """Frees the memory of arrays, whoever refers to them."""
+    for x in jax.tree.leaves(trees):
+        if isinstance(x, jax.Array) and not x.is_deleted():
+            x.delete()
 
 
 def kept(

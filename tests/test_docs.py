@@ -79,10 +79,23 @@ def taught(names):
         assert not np.array_equal(params["embedding"], before["embedding"])
 
 
+def stored_once(names):
+    assert names["state"].step == 3
+    if "teacher" not in names:  # the first program
+        assert names["metrics"]["loss"] < np.log(2)
+
+
+def written(names):
+    assert names["state"].step == 3
+    assert 0 < names["metrics"]["completion_tokens"] <= 12
+
+
 CHECKS = {
     "A preference loss on your own arrays": preferences,
     "π̄ from Hugging Face folders": decoded,
     "From one folder to another": distilled,
+    "References and teachers computed once": stored_once,
+    "Distillation on what a model writes": written,
     "Flax and Tunix": taught,
 }
 

@@ -121,10 +121,10 @@ def test_prefixes_of_the_student_and_a_stopped_run(config, tmp_path, monkeypatch
     assert [row["loss"] for row in lines(done)] == [row["loss"] for row in lines(whole)]
 
 
-def test_prefixes_of_the_teacher(config, capsys):
+def test_prefixes_of_the_teacher(config):
     config = replace(config, prefixes="teacher", sampling=EIGHT, divergence="forward")
-    first, *_, last = lines(distill.own_stage(config))
-    assert last["loss"] < first["loss"]
+    rows = lines(distill.own_stage(config))
+    assert all(row["loss"] > 0 and 0 < row["completion_tokens"] <= 8 for row in rows)
     with pytest.raises(EgjaxError, match="no prompt leaves room for 48 tokens in rows of 48"):
         distill.own_stage(replace(config, sampling=Sampling(max_new_tokens=48)))
 
@@ -139,15 +139,13 @@ def test_a_stored_teacher(config, chunked, tmp_path, monkeypatch):
         distill, "train", lambda *a, **o: (given.append(o["frozen"]), train(*a, **o))
     )
     size = hf.load(config.large)[0].vocab_size - 3  # without padded columns
-    for k in (4, size - 1):
-        folder = tmp_path / f"top-{k}"
-        few = replace(config, stored_top_k=k, stored_folder=folder, run=tmp_path / f"run-{k}")
-        found = lines(distill.own_stage(few))
-    assert given == [None, None]
-    for row, want in zip(found, exact, strict=True):  # all but one token, and the rest
+    folder = tmp_path / "top"
+    few = replace(config, stored_top_k=size - 1, stored_folder=folder, run=tmp_path / "other")
+    for row, want in zip(lines(distill.own_stage(few)), exact, strict=True):
         np.testing.assert_allclose(row["loss"], want["loss"], rtol=1e-3)
-    ids = np.load(tmp_path / "top-4" / "ids.npy")
-    assert ids.shape[1:] == (48, 4)
+    assert given == [None]
+    ids = np.load(folder / "ids.npy")
+    assert ids.shape[1:] == (48, size - 1)
     assert ids.max() < size
     if chunked:
         with pytest.raises(EgjaxError, match="stored for another settings"):

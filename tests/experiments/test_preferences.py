@@ -148,7 +148,13 @@ def test_the_script_stores_once_and_refuses_what_is_of_something_else(
     folders, tmp_path, monkeypatch
 ):
     given, train = [], dpo.train
-    monkeypatch.setattr(dpo, "train", lambda *a, **o: (given.append(o["frozen"]), train(*a, **o)))
+
+    def spy(model, *arguments, **options):
+        given.append(options["frozen"])
+        train(model, *arguments, **options)
+        assert all(x.is_deleted() for x in jax.tree.leaves(model.params))
+
+    monkeypatch.setattr(dpo, "train", spy)
     config = dpo.Config(
         run=tmp_path / "run",
         data=folders / "pairs.jsonl",
