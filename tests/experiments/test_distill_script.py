@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 import jax
 import numpy as np
 import pytest
+from processes import codes, launch
 
 from egjax import losses
 from egjax.errors import EgjaxError
@@ -153,3 +154,23 @@ def test_a_stored_teacher(config, chunked, tmp_path, monkeypatch):
         swapped = replace(few, expert=config.anti_expert, anti_expert=config.expert)
         with pytest.raises(EgjaxError, match="stored for another model"):
             distill.own_stage(swapped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice", [["--prefixes", "student", "--sampling.max-new-tokens", "8"], ["--stored-top-k", "9"]]
+)
+def test_two_processes_distil_what_one_does(config, tmp_path, choice):
+    """On one file system; what is stored is computed by both and written once."""
+    arguments = ["-m", "experiments.distill", "--data", config.data, "--large", config.large]
+    arguments += ["--expert", config.expert, "--anti-expert", config.anti_expert, *choice]
+    settings = {"steps": 3, "batch": 4, "length": 48, "learning-rate": 1e-2}
+    arguments += [f"--training.{name}={value}" for name, value in settings.items()]
+    found = []
+    for count in (1, 2):
+        run, logs = tmp_path / f"run{count}", tmp_path / f"logs{count}"
+        ended = codes(launch([*map(str, arguments), "--run", str(run)], count, logs=logs), 600)
+        said = "".join(path.read_text() for path in logs.glob("*.err"))
+        assert ended == [0] * count, said[-3000:]
+        found.append(hf.load(run / "seed0" / "own_distill" / "model")[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *found)

@@ -13,10 +13,13 @@ from egjax import losses
 from egjax.train.data import Pair, in_order, num_rows, pack, pad_pairs
 from egjax.train.objectives import (
     Frozen,
+    Taught,
     distill_to_ratio,
+    distill_to_stored,
     next_token,
     preference,
     preference_with_initial,
+    ratio_top_k,
     reference_logps,
 )
 from egjax.train.step import init_state, make_train_step
@@ -271,3 +274,30 @@ def test_reference_logps_from_heads():
     got = reference_logps(headed)(init(0), batch)
     np.testing.assert_allclose(got.ref_chosen, want.ref_chosen, rtol=1e-5)
     np.testing.assert_allclose(got.ref_rejected, want.ref_rejected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [apply, headed], ids=["logits", "heads"])
+def test_a_stored_teacher_and_the_temperature(model):
+    frozen, student, batch = Frozen(init(0), init(1), init(2)), init(3), pack(samples(4), 16)
+    ratio = {"alpha": 0.7, "clip": 0.5, "temperature": 1.3}
+    options = {"divergence": losses.forward_kl, "terms": losses.forward_kl_terms}
+    exact = distill_to_ratio(model, model, model, **options, **ratio)
+    total, count, _ = exact(student, batch, KEY, frozen)
+    want = 0.0
+    for s in samples(4):
+        q = log_softmax(logps_of(student, s.tokens) / 1.3)
+        large, expert, anti = [logps_of(params, s.tokens) for params in frozen]
+        p = log_softmax((large + 0.7 * np.clip(expert - anti, -0.5, 0.5)) / 1.3)
+        want += s.weight * (np.exp(p) * (p - q)).sum(-1)[np.array(s.mask[1:])].sum()
+    np.testing.assert_allclose(total, want, rtol=1e-4)
+    loss_fn = distill_to_stored(model, temperature=1.3, **options)
+    want_grads = jax.grad(lambda p: exact(p, batch, KEY, frozen)[0])(student)
+    for k in (2, VOCAB - 1):
+        top = ratio_top_k(headed, headed, k, **ratio)(frozen, batch)
+        assert top.ids.shape == (*batch.tokens.shape, k)
+        found, number, _ = loss_fn(student, Taught(batch, top), KEY, None)
+        assert number == count
+        assert found < total if k == 2 else np.allclose(found, total, rtol=1e-4)
+    grads = jax.grad(lambda p: loss_fn(p, Taught(batch, top), KEY, None)[0])(student)
+    for name in ("embed", "hidden", "out"):
+        np.testing.assert_allclose(grads[name], want_grads[name], atol=1e-5, err_msg=name)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from train_toy import apply, init
 
 from egjax import losses
 from egjax.errors import EgjaxError
 from egjax.losses import Head, Ratio, TopK
+from egjax.mesh import batch_sharding, make_mesh
 from egjax.train import stored
 from egjax.train.data import Pair, pad_pairs
 from egjax.train.objectives import reference_logps
@@ -67,6 +69,22 @@ def test_it_is_computed_once(tmp_path):
         found = stored.cached(tmp_path / "s", make, ROWS, MADE_FROM)
     assert len(calls) == 1
     np.testing.assert_array_equal(found["top"], batches()[0]["top"])
+
+
+def test_it_is_computed_once_for_a_bucket(bucket):
+    for make in (lambda: batches()[1], lambda: pytest.fail("computed again")):
+        found = stored.cached(bucket / "s", make, ROWS, MADE_FROM)
+        np.testing.assert_array_equal(found["top"], batches()[0]["top"])
+    with pytest.raises(EgjaxError, match="stored for another data"):
+        stored.cached(bucket / "s", list, ROWS, dataclasses.replace(MADE_FROM, data="other"))
+
+
+def test_a_folder_of_somebody_elses_is_left_as_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(EgjaxError, match="nothing is stored there"):
+        stored.cached(tmp_path / "mine", lambda: batches()[1], ROWS, MADE_FROM)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
 def test_an_interrupted_or_wrong_write_leaves_what_was_there(tmp_path):
@@ -136,6 +154,12 @@ def test_reference_logps_of_a_table(tmp_path):
     np.testing.assert_allclose(found["ref_chosen"], want.ref_chosen, rtol=1e-5)
     np.testing.assert_allclose(found["ref_rejected"], want.ref_rejected, rtol=1e-5)
     assert stored.load(tmp_path / "ref", made_from).keys() == found.keys()
+    mesh = make_mesh(devices=jax.devices()[:1])
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    parts = list(stored.compute(fn, placed, table, 2, batch_sharding(mesh)))
+    assert [len(part["ref_chosen"]) for part in parts] == [2, 2, 1]
+    whole = np.concatenate([part["ref_chosen"] for part in parts])
+    np.testing.assert_allclose(whole, found["ref_chosen"], rtol=1e-6)
 
 
 def test_stored_teachers_serve_chunked_losses(tmp_path):
