@@ -210,7 +210,8 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
         models["πᴺ"] = load(small.path / MODEL)
         check_one_vocabulary(models)
         samples = fitting_samples(text, models["πᴸ"].config, config.training.length, Weights())
-        _train(config, models, None, samples, out)
+        table = _table(config, samples, [model.config for model in models.values()])
+        _train(config, models, None, table, out)
 
     return Stage(config.run, f"seed{config.seed}/distill", inputs, by="all").run(work)
 
@@ -240,7 +241,7 @@ def _train(
     config: Config,
     models: dict[str, Model],
     vocab_mask: jax.Array | None,
-    samples: Sequence[Sample],
+    table: Any,
     out: Path,
     write: Callable[[Path, Model], None] = save,
 ) -> None:
@@ -252,10 +253,6 @@ def _train(
     frozen: Frozen | None = Frozen(*(placed(model, mesh) for model in teachers.values()))
     configs = [model.config for model in teachers.values()]
     stores = config.stored_top_k is not None
-    if config.prefixes == "data":
-        table: Any = pack(samples, config.training.length)
-    else:
-        table = _prompts(config, samples, min(c.max_seq_len for c in configs))
     if stores:
         table = _taught(config, teachers, frozen, vocab_mask, table)
         freed([models[name].params for name in ("πᴱ", "πᴺ")], frozen.expert, frozen.anti_expert)
@@ -276,10 +273,18 @@ def _train(
     )
 
 
-def _prompts(config: Config, samples: Sequence[Sample], context: int) -> PromptBatch:
-    """The prompts that leave room for a completion; the others are told."""
+def _table(
+    config: Config, samples: Sequence[Sample], models: Sequence[LlamaConfig]
+) -> TokenBatch | PromptBatch:
+    """The samples as rows, or their prompts, as far as they leave room for a completion; the others
+    are told."""
+    size, k = models[0].vocab_size, config.stored_top_k
+    if k is not None and k >= size:
+        raise EgjaxError(f"{k} of {size} tokens", where="--stored-top-k")
+    if config.prefixes == "data":
+        return pack(samples, config.training.length)
     new = config.sampling.max_new_tokens
-    room = min(config.training.length + 1, context) - new
+    room = min(config.training.length + 1, *(model.max_seq_len for model in models)) - new
     fitting = [sample for sample in samples if len(parted(sample)[0]) <= room]
     if not fitting:
         raise EgjaxError(
@@ -301,9 +306,8 @@ def _taught(
 ) -> Taught:
     """The rows with π̄'s most probable tokens at each position."""
     k, large, small = config.stored_top_k, teachers["πᴸ"].config, teachers["πᴱ"].config
-    if k is None or k >= large.vocab_size:
-        raise EgjaxError(f"{k} of {large.vocab_size} tokens", where="--stored-top-k")
     layout = config.training.layout
+    assert k is not None
     top = ratio_top_k(
         apply_of(large, layout, heads=True),
         apply_of(small, layout, heads=True),
@@ -353,10 +357,11 @@ def own_stage(config: Config) -> Done:
     samples, chat = read_samples(paths["data"], large.tokenizer, large.template, large.config)
     own.check_alike(starts, chat=chat)
     fitting = own.fitting(samples, [len(s.tokens) for s in samples], config.training, large)
+    table = _table(config, fitting, [start.config for start in starts.values()])
 
     def work(out: Path) -> None:
         models = {name: start.load() for name, start in starts.items()}
-        _train(config, models, large.vocab_mask, fitting, out, large.write)
+        _train(config, models, large.vocab_mask, table, out, large.write)
 
     return own.stage(config, "distill", starts, work)
 

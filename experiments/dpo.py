@@ -270,8 +270,9 @@ def _taught(
     """The pairs with what the initial policy says about them."""
     apply, k = apply_of(model.config, config.training.layout, heads=True), config.initial_top_k
     fill = reference_logps(apply, vocab_mask=vocab_mask)
-    if k is not None and k >= model.config.vocab_size:
-        raise EgjaxError(f"{k} of {model.config.vocab_size} tokens", where="--initial-top-k")
+    size = model.config.vocab_size
+    if k is not None and k >= size:
+        raise EgjaxError(f"{k} of {size} tokens", where="--initial-top-k")
 
     def said(params: Any, batch: SharedPairBatch) -> dict[str, jax.Array]:
         filled = fill(params, batch)

@@ -122,12 +122,19 @@ def test_prefixes_of_the_student_and_a_stopped_run(config, tmp_path, monkeypatch
     assert [row["loss"] for row in lines(done)] == [row["loss"] for row in lines(whole)]
 
 
-def test_prefixes_of_the_teacher(config):
+def paths(config):
+    return {name: getattr(config, name) for name in ("data", "large", "expert", "anti_expert")}
+
+
+def test_prefixes_of_the_teacher(config, tmp_path):
     config = replace(config, prefixes="teacher", sampling=EIGHT, divergence="forward")
     rows = lines(distill.own_stage(config))
     assert all(row["loss"] > 0 and 0 < row["completion_tokens"] <= 8 for row in rows)
     with pytest.raises(EgjaxError, match="no prompt leaves room for 48 tokens in rows of 48"):
-        distill.own_stage(replace(config, sampling=Sampling(max_new_tokens=48)))
+        distill.own_stage(replace(config, sampling=Sampling(max_new_tokens=48), run=tmp_path / "x"))
+    with pytest.raises(EgjaxError, match="--stored-top-k: 999 of "):
+        distill.own_stage(distill.Config(stored_top_k=999, run=tmp_path / "x", **paths(config)))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
