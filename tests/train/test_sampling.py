@@ -95,12 +95,20 @@ def test_samples_are_constants_of_the_loss(who, chunked):
         jax.random.key(4),
         objective(chunked),
     )
-    student = weights(0)
-    sampled = on_samples(loss_fn, WAYS[who], FOUR)
-    run = jax.jit(jax.value_and_grad(lambda p: sampled(p, batch, key, frozen())[0]))
-    total, grads = run(student)
+    student, given = weights(0), frozen()
+
+    def run(loss, rows):
+        """((total, (count, metrics)), gradient), in one program."""
+
+        def total(params):
+            value, *others = loss(params, rows, key, given)
+            return value, others
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(student)
+
+    (total, (count, metrics)), grads = run(on_samples(loss_fn, WAYS[who], FOUR), batch)
     written = generate(
-        WAYS[who].models(student, frozen()),
+        WAYS[who].models(student, given),
         batch.prompts,
         jax.random.split(key, 3)[0],
         max_new_tokens=4,
@@ -108,12 +116,11 @@ def test_samples_are_constants_of_the_loss(who, chunked):
     )
     assert (written.tokens[written.mask] < V - 3).all()
     rows = continued(batch, written.tokens, written.mask)
-    want, want_grads = jax.value_and_grad(lambda p: loss_fn(p, rows, key, frozen())[0])(student)
+    (want, _), want_grads = run(loss_fn, rows)
     np.testing.assert_allclose(total, want, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, want_grads
     )
-    _, count, metrics = sampled(student, batch, key, frozen())
     assert count == written.mask.sum() == metrics["completion_tokens"][0]
     assert metrics["completion_tokens"][1] == len(SAMPLES)
 
