@@ -101,8 +101,8 @@ def test_prefixes_of_the_student_and_a_stopped_run(config, tmp_path, monkeypatch
     config, writers = replace(config, run=tmp_path / "stopped"), training.writers
 
     @contextmanager
-    def stopping(*arguments):
-        with writers(*arguments) as log:
+    def stopping(*arguments, **options):
+        with writers(*arguments, **options) as log:
 
             def stop(step, metrics):
                 log(step, metrics)
@@ -133,7 +133,9 @@ def test_prefixes_of_the_teacher(config, tmp_path):
     with pytest.raises(EgjaxError, match="no prompt leaves room for 48 tokens in rows of 48"):
         distill.own_stage(replace(config, sampling=Sampling(max_new_tokens=48), run=tmp_path / "x"))
     with pytest.raises(EgjaxError, match="--stored-top-k: 999 of "):
-        distill.own_stage(distill.Config(stored_top_k=999, run=tmp_path / "x", **paths(config)))
+        distill.own_stage(
+            distill.Config(stored_top_k=999, run=tmp_path / "x", training=SHORT, **paths(config))
+        )
     assert not (tmp_path / "x").exists()
 
 
