@@ -16,8 +16,6 @@ NEVER = -1e30
 def masked_log_softmax(logits: Array, vocab_mask: Array | None = None) -> Array:
     """Log-probabilities in float32; columns outside the vocabulary get a finite log 0.
 
-    So do logits of -inf, by which some models mark their padded columns.
-
     Args:
         logits: [..., V], any float type.
         vocab_mask: bool[V] (or broadcastable), False for padded columns.
@@ -28,7 +26,7 @@ def masked_log_softmax(logits: Array, vocab_mask: Array | None = None) -> Array:
     logits = logits.astype(jnp.float32)
     if vocab_mask is not None:
         logits = jnp.where(vocab_mask, logits, NEVER)
-    return jax.nn.log_softmax(jnp.where(logits == -jnp.inf, NEVER, logits), axis=-1)
+    return jax.nn.log_softmax(logits, axis=-1)
 
 
 @jax.jit
@@ -41,10 +39,11 @@ def token_logps(logits: Array, targets: Array, vocab_mask: Array | None = None) 
         vocab_mask: bool[V], False for padded columns.
 
     Returns:
-        float32[...], `log softmax(logits)[target]`.
+        float32[...], `log softmax(logits)[target]`; finite also where that logit is -inf, by which
+        some models mark their padded columns.
     """
     logps = masked_log_softmax(logits, vocab_mask)
-    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    return jnp.maximum(jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], NEVER)
 
 
 @jax.jit
