@@ -19,7 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from egjax.losses.reductions import NEVER, masked_log_softmax
+from egjax.losses.reductions import finite, masked_log_softmax
 
 __all__ = [
     "Terms",
@@ -46,10 +46,7 @@ Terms = Callable[[Array, Array], Array]
 
 def student_logps(logits: Array, temperature: float | Array, vocab_mask: Array | None) -> Array:
     """Log-probabilities float32[..., V] of logits over a temperature, finite everywhere."""
-    logps = masked_log_softmax(logits.astype(jnp.float32) / temperature, vocab_mask)
-    # Logits of -inf mark padded columns. After the softmax: before it, a second array of all logits
-    # would be kept for the gradient.
-    return jnp.maximum(logps, NEVER)
+    return finite(masked_log_softmax(logits.astype(jnp.float32) / temperature, vocab_mask))
 
 
 def teacher_logps(scores: Array, temperature: float | Array, vocab_mask: Array | None) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from egjax.losses.reductions import NEVER, masked_log_softmax
+from egjax.losses.reductions import finite, masked_log_softmax
 
 __all__ = ["behaviour_ratio"]
 
@@ -45,7 +45,7 @@ def behaviour_ratio(
     """
     base = masked_log_softmax(large, vocab_mask)
     # Finite: where both small models leave a token out by -inf, the ratio is 1.
-    small = (jnp.maximum(masked_log_softmax(x, vocab_mask), NEVER) for x in (expert, anti_expert))
+    small = (finite(masked_log_softmax(x, vocab_mask)) for x in (expert, anti_expert))
     ratio = jnp.subtract(*small)
     if clip is not None:
         ratio = jnp.clip(ratio, -clip, clip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["masked_log_softmax", "masked_mean", "sequence_logps", "token_logps"]
+__all__ = ["finite", "masked_log_softmax", "masked_mean", "sequence_logps", "token_logps"]
 
 Array = jax.Array
 
@@ -29,6 +29,15 @@ def masked_log_softmax(logits: Array, vocab_mask: Array | None = None) -> Array:
     return jax.nn.log_softmax(logits, axis=-1)
 
 
+def finite(logps: Array) -> Array:
+    """Log-probabilities with a finite log 0, as masked columns have it, also for logits of -inf.
+
+    For what came out of a softmax: before it, all logits would be kept twice for the gradient. Not
+    a maximum, which halves the gradient where both are equal.
+    """
+    return jnp.where(logps == -jnp.inf, NEVER, logps)
+
+
 @jax.jit
 def token_logps(logits: Array, targets: Array, vocab_mask: Array | None = None) -> Array:
     """Log-probability of each target token.
@@ -43,7 +52,7 @@ def token_logps(logits: Array, targets: Array, vocab_mask: Array | None = None) 
         some models mark their padded columns.
     """
     logps = masked_log_softmax(logits, vocab_mask)
-    return jnp.maximum(jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], NEVER)
+    return finite(jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0])
 
 
 @jax.jit
