@@ -1,6 +1,7 @@
 """What models write in a step: from the weights of that step, a constant of the loss, resumable."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -167,10 +168,16 @@ def test_a_share_of_steps_takes_the_data():
 TX = optax.adam(0.02)
 
 
-def train(directory=None, **options):
+@cache
+def train_step():
     sampling = replace(FOUR, share=0.7)
     loss_fn = objective(divergence=forward_kl, terms=forward_kl_terms)
-    step = make_train_step(on_samples(loss_fn, WAYS["student"], sampling), TX, accumulate=2)
+    return make_train_step(on_samples(loss_fn, WAYS["student"], sampling), TX, accumulate=2)
+
+
+def train(directory=None, **options):
+    step = train_step()
+    compiled = step._cache_size()
     result = fit(
         init_state(weights(0), TX),
         step,
@@ -182,7 +189,7 @@ def train(directory=None, **options):
         log_every=1,
         **options,
     )
-    assert step._cache_size() == 1
+    assert step._cache_size() <= compiled + 1  # a restored state is placed, and compiled for once
     return result
 
 
@@ -213,18 +220,17 @@ def run(mesh, layout, who):
     state, metrics = placed.step(state, batch, jax.random.key(1), Frozen(*map(place, frozen())))
     return jax.device_get((state.params, metrics))
 
-for who in WAYS:
-    want = run(make_mesh(devices=jax.devices()[:1]), Layout(), who)
-    got = run(make_mesh(data=2, model=2), Layout(model=2, chunked=who == "student"), who)
-    assert got[1]["completion_tokens"] == want[1]["completion_tokens"]
-    np.testing.assert_allclose(got[1]["loss"], want[1]["loss"], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-                 got[0], want[0])
+want = run(make_mesh(devices=jax.devices()[:1]), Layout(), WHO)
+got = run(make_mesh(data=2, model=2), Layout(model=2, chunked=WHO == "student"), WHO)
+assert got[1]["completion_tokens"] == want[1]["completion_tokens"]
+np.testing.assert_allclose(got[1]["loss"], want[1]["loss"], rtol=1e-5)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got[0], want[0])
 """
 
 
-def test_a_mesh_changes_nothing(on_devices):
-    on_devices(MESH, 4)
+@pytest.mark.parametrize("who", ["student", pytest.param("teacher", marks=pytest.mark.slow)])
+def test_a_mesh_changes_nothing(on_devices, who):
+    on_devices(f"WHO = {who!r}\n{MESH}", 4)
 
 
 @pytest.mark.parametrize(
