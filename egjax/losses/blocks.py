@@ -9,8 +9,20 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-__all__ = ["SIZES", "Sizes", "beside", "columns_at_once", "cut", "even", "fold", "loop", "rounded"]
-__all__ += ["rounded_to", "sizes", "split"]
+__all__ = [
+    "SIZES",
+    "Sizes",
+    "beside",
+    "columns_at_once",
+    "cut",
+    "even",
+    "fold",
+    "loop",
+    "rounded",
+    "rounded_to",
+    "sizes",
+    "split",
+]
 
 Array = jax.Array
 T = TypeVar("T")

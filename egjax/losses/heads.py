@@ -12,8 +12,19 @@ import jax.numpy as jnp
 
 from egjax.losses.blocks import Start, split
 
-__all__ = ["Head", "Pick", "Ratio", "Read", "Scores", "Targets", "Teacher", "TopK", "allowed"]
-__all__ += ["device_letter", "log_sum"]
+__all__ = [
+    "Head",
+    "Pick",
+    "Ratio",
+    "Read",
+    "Scores",
+    "Targets",
+    "Teacher",
+    "TopK",
+    "allowed",
+    "device_letter",
+    "log_sum",
+]
 
 Array = jax.Array
 T = TypeVar("T")
