@@ -50,7 +50,7 @@ from egjax.losses import (
     simpo,
 )
 from egjax.train.data import Pair, SharedPairBatch, share_prompts
-from egjax.train.jsonl import read_pairs
+from egjax.train.jsonl import pair_of, read_pairs
 from egjax.train.objectives import (
     Taught,
     initial_top_k,
@@ -62,7 +62,7 @@ from egjax.train.objectives import (
 from egjax.train.step import LossFn
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import Model, answered, apply_of, asked, load, save
+from experiments.models import Model, apply_of, load, save
 from experiments.training import MODEL, LogTo, Training, figures, kept, mesh_for, placed, train
 
 __all__ = ["LOSSES", "Config", "stage"]
@@ -300,11 +300,7 @@ def _taught(
 def _pairs(path: Path, tokenizer: Tokenizer, config: LlamaConfig, length: int) -> list[Pair]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [
-        Pair(
-            asked(config, tokenizer.encode(row["prompt"])),
-            answered(config, tokenizer, row["chosen"]),
-            answered(config, tokenizer, row["rejected"]),
-        )
+        pair_of(row["prompt"], f" {row['chosen']}", f" {row['rejected']}", tokenizer, config)
         for row in rows
     ]
     fitting = [p for p in pairs if _longest(p) <= length + 1]

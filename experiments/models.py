@@ -28,7 +28,6 @@ from egjax.train.progress import progress
 __all__ = [
     "LARGE_VOCABULARY",
     "Model",
-    "answered",
     "apply_of",
     "as_sample",
     "asked",
@@ -190,11 +189,6 @@ def worded(
     ids, ends = tokenizer.encode_with_ends(f"{prompt} {completion}")
     count = sum(end <= len(prompt) for end in ends)
     return asked(config, ids[:count]), [*ids[count:], *config.eos_ids[:1]]
-
-
-def answered(config: LlamaConfig, tokenizer: Tokenizer, completion: str) -> list[int]:
-    """Tokens of a completion with the mark that ends it."""
-    return [*tokenizer.encode(f" {completion}"), *config.eos_ids[:1]]
 
 
 def as_sample(text: Text, tokenizer: Tokenizer, config: LlamaConfig, weight: float = 1.0) -> Sample:

@@ -24,7 +24,7 @@ from egjax.lm.template import ChatTemplate, Message
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.data import Pair, Sample
 
-__all__ = ["has_messages", "read_pairs", "read_samples"]
+__all__ = ["has_messages", "pair_of", "read_pairs", "read_samples"]
 
 T = TypeVar("T")
 _SUPERVISED = "messages; prompt and completion; or text"
@@ -90,6 +90,17 @@ def read_pairs(
     Pairs whose answers are the same say nothing; they are left out, and counted on standard error.
     """
     return _read(Path(path), lambda row: _pair(_preference(row, template), tokenizer, config))
+
+
+def pair_of(
+    prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, config: LlamaConfig
+) -> Pair:
+    """Tokens of a prompt and of two answers, texts that follow it as they stand.
+
+    Raises:
+        EgjaxError: nothing is left of the prompt, or an answer has no token of its own.
+    """
+    return _pair(_Preference(prompt, chosen, rejected), tokenizer, config)
 
 
 def has_messages(path: str | Path) -> bool:

@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import normalizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from egjax import losses
 from egjax.errors import EgjaxError
 from egjax.lm import params as lm_params
 from egjax.lm.config import LlamaConfig
+from egjax.lm.tokenizer import Tokenizer
 from egjax.losses import preference as preferences
 from egjax.train.data import Pair, share_prompts
 from egjax.train.layout import Layout, applied
@@ -178,3 +183,21 @@ def test_the_script_stores_once_and_refuses_what_is_of_something_else(
     (tmp_path / "fewer.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(EgjaxError, match="stored for another data"):
         dpo.own_stage(replace(config, data=tmp_path / "fewer.jsonl"))
+
+
+def test_pairs_of_a_run_are_one_text_with_their_prompt(tmp_path):
+    # A tokenizer that begins each text with a space, as Llama 2's.
+    words = ["<unk>", "</s>", "▁Fetch", "▁cup.", "▁Walk", "▁Grab", "▁", "Walk", "Grab"]
+    rust = tokenizers.Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    rust.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    rust.pre_tokenizer = Split("▁", "merged_with_next")
+    rust.add_special_tokens(["</s>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    row = {"prompt": "Fetch cup.", "chosen": "Walk Grab", "rejected": "Grab"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    config = replace(CONFIG, bos_id=None, eos_ids=(1,))
+    found = dpo._pairs(tmp_path / "pairs.jsonl", Tokenizer.load(tmp_path), config, 64)
+    assert found == [Pair([2, 3], [4, 5, 1], [5, 1])]
