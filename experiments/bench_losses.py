@@ -12,7 +12,8 @@ on a CPU also `loss_temp_memory_beside_gradient/LOSS`, both sides less the bytes
 where logits and gradient share their place, XLA's CPU compiler copies its 16-bit integers to
 bfloat16. With `--compile-for` instead `loss_least_time/LOSS`: the time of all kernels, each at the
 chip's peak (half of it for float32) or its memory's bandwidth (twice that for blocks of less than
-40 MB, which its cache holds), whichever takes longer, without launches; nothing is run.
+40 MB, which its cache holds), whichever takes longer, without launches; and `loss_kernels/LOSS`,
+how many are launched. Nothing is run.
 At the default size a run of one form takes 9 to 14 s (one teacher or none) on two hyperthreads of
 an AMD EPYC that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
 Expected in float32: time 0.91 to 0.99 of the naive form's, memory 0.013-0.043, gradients equal to
@@ -26,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -212,8 +213,11 @@ def measure(
         beside = {form: value - gradient for form, value in memory.items()}
         figures.append(row("loss_temp_memory_beside_gradient", beside, "MiB", n=1))
     if chip is not None:
-        least = {form: _least_time(c.as_text() or "", chip) for form, c in compiled.items()}
+        programs = {form: kernels(c.as_text() or "") for form, c in compiled.items()}
+        least = {form: _least_time(program, chip) for form, program in programs.items()}
         figures.append(row("loss_least_time", least, "s", n=1))
+        launched = {form: sum(one.times for one in program) for form, program in programs.items()}
+        figures.append(row("loss_kernels", launched, "kernels", n=1))
     if config.memory_only or place is not None:
         return figures
     inputs = jax.block_until_ready(jax.jit(lambda: _inputs(loss.models, config))())
@@ -235,12 +239,12 @@ def measure(
     return figures
 
 
-def _least_time(text: str, chip: Chip) -> float:
+def _least_time(program: Sequence[Kernel], chip: Chip) -> float:
     def seconds(kernel: Kernel) -> float:
         cached = kernel.bytes_read + kernel.bytes_written < _CACHED
         return kernel.seconds(chip.flops, chip.bandwidth * (2 if cached else 1))
 
-    return sum(map(seconds, kernels(text)))
+    return sum(map(seconds, program))
 
 
 def _row(loss: str, name: str, values: dict[str, float], unit: str, n: int) -> Figure:

@@ -133,8 +133,12 @@ def loop(folder: Path, count: int, **environment: str) -> list[subprocess.Popen]
     for _ in range(round(200 / LOOK)):
         if all((folder / f"{i}.out").read_text().count("\n") > 3 for i in range(count)):
             return started
+        if any(process.poll() is not None for process in started):
+            break
         time.sleep(LOOK)
-    codes(started, 0)
+    for process in started:
+        process.kill()
+        process.wait()
     raise AssertionError([p.read_text() for p in folder.glob("*.err")])
 
 

@@ -137,12 +137,8 @@ def traced_for(platform: str) -> Iterator[None]:
     programs, which cannot read what was compiled without a device.
 
     Args:
-        platform: `"gpu"`; for `"tpu"` nothing changes: a case names the form of attention, and
-            chunks are those of the plans in experiments/results.
+        platform: `"gpu"` or `"tpu"`.
     """
-    if platform == "tpu":
-        yield
-        return
     jax.clear_caches()
     cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)

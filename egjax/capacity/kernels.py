@@ -89,7 +89,7 @@ def kernels(text: str, *, step: bool = False) -> list[Kernel]:
     }
     times = multiplicities(program)
     found = []
-    for name in inside - fused:
+    for name in inside - fused - _never_asked(program):
         scalar = all(one.shape.split("{")[0].endswith("[]") for one in program[name])
         if not times.get(name) or (scalar and name != "ENTRY"):  # of a reduction or a sort
             continue
@@ -100,6 +100,17 @@ def kernels(text: str, *, step: bool = False) -> list[Kernel]:
             if one.opcode not in _NO_KERNEL
         ]
     return found
+
+
+def _never_asked(program: dict[str, list[Instruction]]) -> set[str]:
+    """Conditions of loops whose rounds are known: XLA counts these itself."""
+    counted = [
+        one.rest
+        for instructions in program.values()
+        for one in instructions
+        if one.opcode == "while" and "known_trip_count" in one.rest
+    ]
+    return {name for rest in counted for name in re.findall(r"condition=(%[\w.-]+)", rest)}
 
 
 def _step(program: dict[str, list[Instruction]]) -> set[str]:

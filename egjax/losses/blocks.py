@@ -60,7 +60,7 @@ SIZES = {
     # A matrix is read from memory once for each chunk of tokens, and the float32 sum of its
     # gradient read and written: 2048 tokens make that an eighth of the time of the products.
     "gpu": Sizes(2048, 64, 3072, _ALL, 2**21, 2**21, together=True),
-    "tpu": Sizes(512, 64, 4096, _ALL, 2**22, 2**22, together=True),
+    "tpu": Sizes(1024, 64, 4096, _ALL, 2**22, 2**22, together=True),
 }
 """By platform."""
 

@@ -47,7 +47,13 @@ def fisher_diagonal(logp_fn: Callable[[Any, Any], Array], params: Any, examples:
 
     Returns:
         Pytree of float32 arrays shaped like `params`.
+
+    Raises:
+        ValueError: no example, of which there is no mean.
     """
+    count = jax.tree.leaves(examples)[0].shape[0]
+    if not count:
+        raise ValueError("no example to take the Fisher information from")
     gradient = jax.grad(logp_fn)
 
     def add(total: Any, example: Any) -> tuple[Any, None]:
@@ -56,5 +62,4 @@ def fisher_diagonal(logp_fn: Callable[[Any, Any], Array], params: Any, examples:
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     total, _ = jax.lax.scan(add, zeros, examples)
-    count = jax.tree.leaves(examples)[0].shape[0]
     return jax.tree.map(lambda s: s / count, total)

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from egjax.capacity import formula
+from egjax.capacity.compiled import traced_for
 from egjax.capacity.stages import Case, _loss, program
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import REMAT
@@ -74,8 +75,11 @@ def test_losses_in_chunks_take_what_the_formula_says(stage, dtype, tokens):
                 table
             )
 
-    step = jax.jit(gradient).lower(state.params["unembedding"], state.params, batch, key, frozen)
-    found = step.compile().memory_analysis().temp_size_in_bytes
+    with traced_for(case.platform):
+        step = jax.jit(gradient).lower(
+            state.params["unembedding"], state.params, batch, key, frozen
+        )
+        found = step.compile().memory_analysis().temp_size_in_bytes
     expected = formula.memory(case, 1, 1)["logits"]
     # In tables of one byte an entry; the rest is blocks of columns and the model.
     table = WIDTH * VOCABULARY

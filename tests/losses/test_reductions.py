@@ -119,3 +119,5 @@ def test_fisher_of_a_bernoulli_is_p_times_one_minus_p():
 
     fisher = jax.jit(lambda p, x: losses.fisher_diagonal(logp, p, x))({"theta": theta}, tosses)
     np.testing.assert_allclose(fisher["theta"], 0.25 * 0.75, rtol=1e-5)
+    with pytest.raises(ValueError, match="no example"):
+        losses.fisher_diagonal(logp, {"theta": theta}, tosses[:0])
