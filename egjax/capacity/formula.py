@@ -18,6 +18,7 @@ from egjax.capacity.stages import Case, frozen_table
 from egjax.lm.attention import BLOCK, CHUNK, DENSE_SCORES
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count
+from egjax.losses.blocks import SIZES
 from egjax.train.objectives import tokens_a_device
 
 __all__ = ["Cost", "cache_bytes", "cost", "memory", "state_bytes", "table_bytes"]
@@ -215,8 +216,13 @@ def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
         if data == 1:  # one is counted among the gradients
             gradient = max(0.0, gradient - table * _size(case.layout.master or config.dtype))
     tables = (1 + len(case.frozen)) * table * width if data > 1 else 0.0
-    # Of a teacher, and of the student; in the gradient's place neither has any of its own.
-    arrays = 0 if place else 1 if case.stage == "sft" else 2
+    # Of a teacher, then of the student, which has none of its own in the gradient's place; nor has
+    # a teacher on an accelerator.
+    arrays = {"sft": 0, "dpo": 1, "distill": 2}[case.stage]
+    if not place:
+        arrays = 1 if case.stage == "sft" else 2
+    elif SIZES[case.platform].together:
+        arrays = 0
     logits = arrays * min(tokens, tokens_a_device(case.platform)) * config.vocab_size / split * 4
     return logits + tables + gradient
 

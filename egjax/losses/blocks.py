@@ -40,7 +40,9 @@ class Sizes(NamedTuple):
         columns: of the vocabulary that are multiplied at once there; half as many of a matrix of 32
             bits, but on a CPU.
         block: the same a few tokens at a time.
-        summed: logits that are summed over at once. Few stay in a CPU's cache.
+        alone: logits that are summed over at once, where nothing but these is read. Few stay in a
+            CPU's cache.
+        summed: the same where a teacher's scores are read beside them.
         turned: logits that are turned into gradients at once, in the gradient's place.
         together: a teacher's scores lie there, too, where it is a `Head` or a `Ratio`.
     """
@@ -49,6 +51,7 @@ class Sizes(NamedTuple):
     scored: int
     columns: int
     block: int
+    alone: int
     summed: int
     turned: int
     together: bool
@@ -56,11 +59,11 @@ class Sizes(NamedTuple):
 
 _ALL = 2**62
 SIZES = {
-    "cpu": Sizes(64, 64, 1024, 1024, 2**18, 2**18, together=False),
+    "cpu": Sizes(64, 64, 1024, 1024, 2**18, 2**18, 2**18, together=False),
     # A matrix is read from memory once for each chunk of tokens, and the float32 sum of its
     # gradient read and written: 2048 tokens make that an eighth of the time of the products.
-    "gpu": Sizes(2048, 64, 3072, _ALL, 2**21, 2**21, together=True),
-    "tpu": Sizes(1024, 64, 4096, _ALL, 2**22, 2**22, together=True),
+    "gpu": Sizes(2048, 64, 3072, _ALL, _ALL, 2**21, 2**22, together=True),
+    "tpu": Sizes(1024, 64, 4096, _ALL, 2**22, 2**22, 2**22, together=True),
 }
 """By platform."""
 

@@ -235,7 +235,7 @@ def keep(
         if place.holds_teacher:
             rows = tokens
         elif isinstance(teacher, Targets):  # which have no scores that would take memory
-            rows = max(settings.rows, sizes().summed // columns)
+            rows = max(settings.rows, sizes().alone // columns)
         else:
             rows = settings.rows
 

@@ -145,7 +145,7 @@ def measure(
     shards = settings.shards
     size = settings.vocabulary // shards
     tokens = jax.eval_shape(lambda: read(0, 1)).shape[0]
-    at_once = sizes().summed // (tokens * shards)
+    alone, beside_scores = (n // (tokens * shards) for n in (sizes().alone, sizes().summed))
     mask = None if vocab_mask is None else split(vocab_mask, 0, shards)
     columns = split(jnp.arange(settings.vocabulary), 0, shards)
     zero = jnp.zeros(())
@@ -155,13 +155,13 @@ def measure(
         def block(start: Start, width: int) -> Array:
             return allowed(read(start, width) / temperature, rows.mask(start, width), -jnp.inf)
 
-        highest = fold(size, at_once, block, jnp.maximum, -jnp.inf)
+        highest = fold(size, alone, block, jnp.maximum, -jnp.inf)
 
         def shares(start: Start, width: int) -> Array:
             scores = block(start, width)
             return jnp.exp(scores - beside(highest, scores))
 
-        return jnp.log(fold(size, at_once, shares, jnp.add, 0.0)) + highest
+        return jnp.log(fold(size, alone, shares, jnp.add, 0.0)) + highest
 
     norms = log_sum(read), log_sum(teacher) if callable(teacher) else zero
     rows = rows._replace(norms=norms)
@@ -169,6 +169,7 @@ def measure(
     def sums(start: Start, width: int) -> tuple[Array, Array]:
         return _terms_and_slopes(settings.terms, *rows.logps(read(start, width), start))
 
+    at_once = beside_scores if callable(teacher) else alone
     losses, slopes = fold(size, at_once, sums, jnp.add, 0.0)
     if settings.z_loss:
         # The slope of the normaliser is the share p of a token, as is what it loses in `grads`.

@@ -38,7 +38,7 @@ divergence = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """37 columns in blocks of 8 or 5 (the last one is smaller); 14 tokens in chunks of 4."""
-    small = blocks.Sizes(64, 64, 8, 8, 20, 20, together=False)
+    small = blocks.Sizes(64, 64, 8, 8, 20, 20, 20, together=False)
     monkeypatch.setitem(blocks.SIZES, "cpu", small)
 
 
@@ -123,7 +123,7 @@ def as_on_a_gpu(monkeypatch):
     gradient's place together with a teacher, 3 at least."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     everything = blocks.SIZES["gpu"].block
-    sizes = blocks.Sizes(5, 3, 8, everything, everything, 20, together=True)
+    sizes = blocks.Sizes(5, 3, 8, everything, everything, everything, 20, together=True)
     monkeypatch.setitem(blocks.SIZES, "gpu", sizes)
     # Rounded as there, multiplied in float32: a CPU lacks some products of bfloat16.
     rounded = blocks.rounded
@@ -332,7 +332,7 @@ def test_all_logits_never_exist(make, width):
 
 
 def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(monkeypatch):
-    sizes = blocks.Sizes(64, 64, 512, 512, 2**18, 2**18, together=False)
+    sizes = blocks.Sizes(64, 64, 512, 512, 2**18, 2**18, 2**18, together=False)
     monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
 
     def temp(fn, count, vocab, width=64):
@@ -401,7 +401,7 @@ from egjax import losses
 from egjax.losses import Head, Ratio, Targets, blocks
 from egjax.mesh import make_mesh
 
-blocks.SIZES["cpu"] = blocks.Sizes(64, 64, 16, 16, 256, 256, together=False)
+blocks.SIZES["cpu"] = blocks.Sizes(64, 64, 16, 16, 256, 256, 256, together=False)
 mesh = make_mesh(data=2, model=4)
 N, V, S = 32, 240, 4
 keys = jax.random.split(jax.random.key(0), 8)
