@@ -106,7 +106,8 @@ def _stage(
     folder: Path | None,
     size: Size,
 ) -> Done:
-    inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": folder}
+    start = None if folder is None else own.Start.at(folder).fingerprint  # wherever it lies
+    inputs: dict[str, Any] = {"training": training, "seed": config.seed, "from": start}
     inputs |= {"text": text.fingerprint, "z_loss": config.z_loss}
     inputs["size"] = None if folder else size
     if not config.train:

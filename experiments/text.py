@@ -74,6 +74,8 @@ def stage(config: Config, tasks: Done, collected: Done) -> Done:
     """Writes `general.jsonl`, `samples.jsonl`, `pairs.jsonl`, `questions.jsonl`, the tokenizer."""
     inputs = {k: v for k, v in vars(config).items() if k not in ("run", "json")}
     inputs |= {"tasks": tasks.fingerprint, "collect": collected.fingerprint}
+    if config.tokenizer_from is not None:  # the same wherever it lies
+        inputs["tokenizer_from"] = Tokenizer.load(config.tokenizer_from).fingerprint
     found = Stage(config.run, "text", inputs)
     return found.run(lambda out: _work(config, tasks.path, collected.path, out))
 

@@ -1,6 +1,7 @@
 """One card: what is planned for it, frozen models in eight bits through the stages."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import jax
@@ -86,6 +87,12 @@ def test_checkpoints_are_taken_as_they_are(folders, tmp_path):
         assert found.config == config
         jax.tree.map(np.testing.assert_array_equal, found.params, params)
         assert not (done.path / METRICS).exists()
+        # By content: a folder that moved is the same, one with other weights is not.
+        moved = shutil.copytree(folders / "large", tmp_path / "moved")
+        elsewhere = replace(settings, large_from=moved)
+        assert pretrain.large_stage(elsewhere, text).fingerprint == done.fingerprint
+        hf.save(moved, config, jax.tree.map(lambda x: 2 * x, params))
+        assert pretrain.large_stage(elsewhere, text).fingerprint != done.fingerprint
         with pytest.raises(EgjaxError, match="--large-from is needed"):
             pretrain.large_stage(replace(settings, large_from=None), text)
 

@@ -144,8 +144,11 @@ def test_a_model_without_a_template_gets_the_one_that_it_was_trained_with(
     assert "base: no chat template; a message is a line `role: content`" in capsys.readouterr().err
     assert own.Start.at(out).template == own.Start.at(base).template
     source = (out / "chat_template.jinja").read_text()
-    asked = ChatTemplate(source).render([{"role": "user", "content": "Go"}], ask=True)
+    talk = [{"role": "user", "content": "Go"}]
+    asked = ChatTemplate(source).render(talk, ask=True)
     assert asked == "<bos>user: Go\nassistant:"
+    words = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+    assert words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == asked
 
 
 def test_an_adapter_is_trained_in_place_of_the_weights(home, tmp_path):
