@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -247,7 +247,7 @@ def _least_time(program: Sequence[Kernel], chip: Chip) -> float:
     return sum(map(seconds, program))
 
 
-def _row(loss: str, name: str, values: dict[str, float], unit: str, n: int) -> Figure:
+def _row(loss: str, name: str, values: Mapping[str, float], unit: str, n: int) -> Figure:
     return Figure(
         f"{name}/{loss}", values["chunked"], unit, n=n, peer="naive", peer_value=values["naive"]
     )
