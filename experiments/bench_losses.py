@@ -8,18 +8,17 @@ Value and gradient (hidden states and unembedding of the student) of each loss, 
 (naive) and once in chunks, in one process, in turns. Rows, ratio = chunked ÷ naive:
 `loss_time/LOSS`, median after a warm-up; `loss_temp_memory/LOSS`, what the compiler allots beyond
 arguments and results; `loss_gradient_error/LOSS`, largest difference ÷ largest entry. In bfloat16
-on a CPU also `loss_temp_memory_beside_gradient/LOSS`, both sides less the bytes of one unembedding:
-where logits and gradient share their place, XLA's CPU compiler copies its 16-bit integers to
-bfloat16. With `--compile-for` instead `loss_least_time/LOSS`: the time of all kernels, each at the
-chip's peak (half of it for float32) or its memory's bandwidth (twice that for blocks of less than
-40 MB, which its cache holds), whichever takes longer, without launches; and `loss_kernels/LOSS`,
-how many are launched. Nothing is run.
-At the default size a run of one form takes 9 to 14 s (one teacher or none) on two hyperthreads of
-an AMD EPYC that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
-Expected in float32: time 0.91 to 0.99 of the naive form's, memory 0.013-0.043, gradients equal to
-1e-5. In bfloat16: memory 0.12-0.26, beside the gradient 0.01-0.04. Compiled for an H200: memory
-0.01-0.05 in either, least time 1.01-1.21 in float32, 0.69-1.16 in
-bfloat16.
+on a CPU before JAX 0.11 also `loss_temp_memory_beside_gradient/LOSS`, both sides less the bytes of
+one unembedding: where logits and gradient share their place, its 16-bit integers are copied to
+bfloat16 there. With `--compile-for` instead `loss_least_time/LOSS`: the time of all kernels, each
+at the chip's peak (half of it for float32) or its memory's bandwidth (twice that for blocks of less
+than 40 MB, which its cache holds), whichever takes longer, without launches; and
+`loss_kernels/LOSS`, how many are launched. Nothing is run.
+At the default size a run of one form takes 10 to 26 s (one teacher or none 10 to 20) on two CPUs
+that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
+Expected in float32: time 0.88 to 1.05 of the naive form's, memory 0.016-0.046, gradients equal to
+1e-5. In bfloat16: memory 0.012-0.026 from JAX 0.11 on, before 0.12-0.26. Compiled for an H200:
+memory 0.01-0.05 in either, least time 1.01-1.25 in float32, 0.74-1.24 in bfloat16.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from egjax.capacity.kernels import Kernel, kernels
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
 from egjax.losses import Head, Ratio, Targets
+from egjax.losses.blocks import moves_bits
 from egjax.train.progress import progress
 from experiments.common import emit, run_main
 
@@ -208,7 +208,7 @@ def measure(
     row = partial(_row, name)
     memory = {f: c.memory_analysis().temp_size_in_bytes / _MIB for f, c in compiled.items()}
     figures = [row("loss_temp_memory", memory, "MiB", n=1)]
-    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
+    if config.dtype == "bfloat16" and jax.default_backend() == "cpu" and not moves_bits():
         gradient = 2 * config.width * config.vocabulary / _MIB
         beside = {form: value - gradient for form, value in memory.items()}
         figures.append(row("loss_temp_memory_beside_gradient", beside, "MiB", n=1))

@@ -18,6 +18,7 @@ __all__ = [
     "even",
     "fold",
     "loop",
+    "moves_bits",
     "rounded",
     "rounded_to",
     "sizes",
@@ -84,6 +85,12 @@ def rounded_to(dtype: Any) -> Any:
     multiplies float32 fastest, accelerators 16 bits."""
     small = dtype.itemsize == 2 and jax.default_backend() != "cpu"
     return dtype if small else jnp.dtype(jnp.float32)
+
+
+def moves_bits() -> bool:
+    """Whether arrays of bfloat16 are cut and put together without being converted to float32 on the
+    way, as XLA does on a CPU since JAX 0.11."""
+    return jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 11)
 
 
 def rounded(x: Array, like: Array) -> Array:

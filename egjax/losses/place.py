@@ -9,7 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from egjax.losses.blocks import Start, columns_at_once, cut, even, loop, rounded, rounded_to, sizes
+from egjax.losses.blocks import (
+    Start,
+    columns_at_once,
+    cut,
+    even,
+    loop,
+    moves_bits,
+    rounded,
+    rounded_to,
+    sizes,
+)
 from egjax.losses.heads import Head, Ratio, Targets, Teacher, allowed
 from egjax.losses.rows import Settings, columns_of, measure
 
@@ -37,6 +47,11 @@ class Place:
     own, all are. Where there are not enough rows of 16 bits, the place is float32, and rounded in
     the end.
 
+    Entries of 16 bits are integers, of the gradient's type only in the end: XLA converts some
+    arrays of bfloat16 on its way, and bits that look like a signalling NaN do not survive that. On
+    a CPU this bitcast copies the gradient. From JAX 0.11 on nothing is converted there, so that the
+    entries have the gradient's type from the beginning, and nothing is copied.
+
     Attributes:
         halves: whether it is of 16 bits.
         piece: tokens that are worked on at a time.
@@ -54,7 +69,9 @@ class Place:
 
     def empty(self) -> Array:
         """Zeros."""
-        return jnp.zeros(self.shape, jnp.uint16 if self.halves else jnp.float32)
+        if not self.halves:
+            return jnp.zeros(self.shape, jnp.float32)
+        return jnp.zeros(self.shape, self.dtype if moves_bits() else jnp.uint16)
 
     def gradient(self, place: Array) -> Array:
         """The gradient, once all of it was put there."""
@@ -76,7 +93,12 @@ class Place:
 
     def _cut(self, place: Array, row: Start, rows: int, column: Start, width: int) -> Array:
         shape = (width, rows) if self.tied else (rows, width)
-        return jax.lax.dynamic_slice(place, self._at(row, column), shape)
+        part = jax.lax.dynamic_slice(place, self._at(row, column), shape)
+        return jax.lax.bitcast_convert_type(part, jnp.uint16) if self.halves else part
+
+    def _put(self, place: Array, part: Array, row: Start, column: Start) -> Array:
+        part = jax.lax.bitcast_convert_type(part, place.dtype)
+        return jax.lax.dynamic_update_slice(place, part, self._at(row, column))
 
     def read(self, place: Array, slot: Slot, rows: int, column: Start, width: int) -> Array:
         """What is kept of some tokens: float32[rows, width]."""
@@ -93,17 +115,16 @@ class Place:
         if self.halves:
             bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
             low = (bits & 0xFFFF).astype(jnp.uint16)
-            place = jax.lax.dynamic_update_slice(place, low, self._at(slot.low, column))
+            place = self._put(place, low, slot.low, column)
             values = (bits >> 16).astype(jnp.uint16)
-        return jax.lax.dynamic_update_slice(place, values, self._at(slot.row, column))
+        return self._put(place, values, slot.row, column)
 
     def finish(self, place: Array, grads: Array, slot: Slot, column: Start) -> Array:
         """Keeps gradients of logits, float32[rows, width], which `graded` reads."""
         if not self.rounds:
             return self.write(place, grads, slot, column)
-        bits = jax.lax.bitcast_convert_type(grads.astype(self.dtype), jnp.uint16)
-        bits = bits.T if self.tied else bits
-        return jax.lax.dynamic_update_slice(place, bits, self._at(slot.row, column))
+        grads = grads.astype(self.dtype)
+        return self._put(place, grads.T if self.tied else grads, slot.row, column)
 
     def graded(self, place: Array, column: Start, width: int) -> Array:
         """Gradients of the logits of all tokens, [N, width]: float32, or rounded."""
@@ -115,9 +136,7 @@ class Place:
 
     def put(self, place: Array, part: Array, column: Start) -> Array:
         """Puts columns of the gradient: float32 [D, width] or [width, D] if tied."""
-        if self.halves:
-            part = jax.lax.bitcast_convert_type(part.astype(self.dtype), jnp.uint16)
-        return jax.lax.dynamic_update_slice(place, part, self._at(0, column))
+        return self._put(place, part.astype(self.dtype if self.halves else part.dtype), 0, column)
 
 
 def find_place(settings: Settings, head: Head, teacher: Teacher) -> Place | None:
@@ -284,7 +303,7 @@ def keep(
 
 def grads_of_kept(settings: Settings, student: Head, kept: Array, weights: Array) -> Head:
     """The gradient of the weighted sum of losses; the unembedding's takes the place of `kept`."""
-    place = Place(settings.count, student, halves=kept.dtype == jnp.uint16, piece=0)
+    place = Place(settings.count, student, halves=kept.dtype.itemsize == 2, piece=0)
     # The weights go with the hidden states: fewer products than with the gradients of the logits.
     left = rounded(student.hidden.astype(jnp.float32) * weights[:, None], student.hidden)
     # Transposed once, which makes the product 1.2 times as fast on a CPU.
