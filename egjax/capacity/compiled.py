@@ -162,7 +162,7 @@ def compile_for(
         hlo: file for the text of the compiled program.
 
     Raises:
-        EgjaxError: see `devices_of` and `egjax.capacity.stages.program`.
+        EgjaxError: see `devices_of` and `egjax.capacity.stages.program`; or cuDNN is missing.
     """
     mesh = make_mesh(data=data, model=model, devices=devices_of(topology))
     begin = time.perf_counter(), time.process_time()
@@ -170,8 +170,13 @@ def compile_for(
         what = program(case, mesh)
         # Training sets the mesh itself, decoding on several chips is called under it.
         several = case.stage == "decode" and (topology.chips > 1 or case.platform == "tpu")
-        with jax.set_mesh(mesh) if several else contextlib.nullcontext():
-            lowered = what.function.lower(*what.arguments)
+        try:
+            with jax.set_mesh(mesh) if several else contextlib.nullcontext():
+                lowered = what.function.lower(*what.arguments)
+        except RuntimeError as error:  # JAX asks for its version
+            if "cuDNN not found" not in str(error):
+                raise
+            raise EgjaxError("cuDNN is not installed", remedy=remedy(topology.chip)) from error
         try:
             with _silent():
                 done = lowered.compile()

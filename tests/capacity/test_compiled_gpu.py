@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from egjax.capacity import compiled
 from egjax.capacity.chips import CHIPS, parse
 from egjax.capacity.compiled import compile_for, devices_of, has_compiler, traced_for
 from egjax.capacity.gpus import TARGETS, description
@@ -15,6 +17,7 @@ from egjax.capacity.kernels import kernels
 from egjax.capacity.plan import compiled_plan
 from egjax.capacity.presets import preset
 from egjax.capacity.stages import Case, program
+from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.params import count
 from egjax.mesh import make_mesh
@@ -51,6 +54,17 @@ def test_a_decoder_on_one_gpu_has_its_layers_apart():
         assert weights["layers"][0]["gate"].shape == (256, 512)
     stacked = program(replace(case, platform="tpu"), mesh).arguments[0][0]["layers"]
     assert stacked["gate"].shape == (2, 256, 512)
+
+
+def test_missing_cudnn_is_told(monkeypatch):
+    def lower(*arguments):
+        raise RuntimeError("cuDNN not found.")
+
+    what = SimpleNamespace(function=SimpleNamespace(lower=lower), arguments=())
+    monkeypatch.setattr(compiled, "program", lambda case, mesh: what)
+    monkeypatch.setattr(compiled, "devices_of", lambda topology: jax.devices()[:1])
+    with pytest.raises(EgjaxError, match=r"cuDNN is not installed \(pip install 'egjax\[cuda\]'\)"):
+        compile_for(CASE, parse("h200:1"), 1, 1)
 
 
 def test_programs_are_traced_as_on_a_gpu_and_forgotten():
