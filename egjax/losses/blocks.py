@@ -41,9 +41,9 @@ class Sizes(NamedTuple):
         columns: of the vocabulary that are multiplied at once there; half as many of a matrix of 32
             bits, but on a CPU.
         block: the same a few tokens at a time.
-        alone: logits that are summed over at once, where nothing but these is read. Few stay in a
-            CPU's cache.
-        summed: the same where a teacher's scores are read beside them.
+        alone: logits that are summed over at once. Few stay in a CPU's cache.
+        summed: the same in the gradient's place beside a teacher's scores, where arrays that XLA
+            makes of what two sums read would be the only ones of their size.
         turned: logits that are turned into gradients at once, in the gradient's place.
         together: a teacher's scores lie there, too, where it is a `Head` or a `Ratio`.
     """

@@ -60,7 +60,8 @@ def _logits(settings: Settings, student: Head, teacher: Teacher, rest: Any) -> t
     logits = (student if callable(scores) else student.after(scores)).logits()
     logits = split(logits, 1, settings.shards)
     read = partial(cut, logits)
-    return logits, measure(settings, read, columns_of(settings, scores, read), rest)
+    known = columns_of(settings, scores, read)
+    return logits, measure(settings, read, known, rest, summed=sizes().alone)
 
 
 def _values(settings: Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Array]:

@@ -273,7 +273,8 @@ def keep(
             else:
                 own = _part(other, offset, rows).scores(*rest)
                 known = columns_of(settings, own, partial(logits, kept))
-            measured, *found = measure(settings, partial(logits, kept), known, rest)
+            read = partial(logits, kept)
+            measured, *found = measure(settings, read, known, rest, summed=sizes().summed)
             # All that is read of the logits comes before the first of them is overwritten, else
             # the compiler copies the place: so what turns them depends on the losses, in a way
             # that no compiler can see through.

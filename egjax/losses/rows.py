@@ -128,7 +128,7 @@ def columns_of(settings: Settings, scores: Scores, read: Read) -> Array | Read:
 
 
 def measure(
-    settings: Settings, read: Read, teacher: Array | Read, rest: Any
+    settings: Settings, read: Read, teacher: Array | Read, rest: Any, *, summed: int
 ) -> tuple[Rows, Array, Array]:
     """Goes through the logits of n tokens.
 
@@ -137,6 +137,7 @@ def measure(
         read: (start, width) -> logits float32[n, width], or [n, S, width].
         teacher: the same for its scores; or int[n], the tokens of one that gives each all the mass.
         rest: temperature and mask.
+        summed: logits that are read at once beside a teacher's scores.
 
     Returns:
         What gives their gradients, losses and z-losses float32[n].
@@ -145,7 +146,8 @@ def measure(
     shards = settings.shards
     size = settings.vocabulary // shards
     tokens = jax.eval_shape(lambda: read(0, 1)).shape[0]
-    alone, beside_scores = (n // (tokens * shards) for n in (sizes().alone, sizes().summed))
+    alone = sizes().alone // (tokens * shards)
+    both = summed // (tokens * shards) if callable(teacher) else alone
     mask = None if vocab_mask is None else split(vocab_mask, 0, shards)
     columns = split(jnp.arange(settings.vocabulary), 0, shards)
     zero = jnp.zeros(())
@@ -169,8 +171,7 @@ def measure(
     def sums(start: Start, width: int) -> tuple[Array, Array]:
         return _terms_and_slopes(settings.terms, *rows.logps(read(start, width), start))
 
-    at_once = beside_scores if callable(teacher) else alone
-    losses, slopes = fold(size, at_once, sums, jnp.add, 0.0)
+    losses, slopes = fold(size, both, sums, jnp.add, 0.0)
     if settings.z_loss:
         # The slope of the normaliser is the share p of a token, as is what it loses in `grads`.
         slopes = slopes - 2 * settings.z_loss * norms[0]
