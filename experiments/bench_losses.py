@@ -18,7 +18,7 @@ At the default size a run of one form takes 10 to 26 s (one teacher or none 10 t
 that do nothing else, and up to 9 GB; `--memory-only` compiles without running.
 Expected in float32: time 0.88 to 1.05 of the naive form's, memory 0.016-0.046, gradients equal to
 1e-5. In bfloat16: memory 0.012-0.026 from JAX 0.11 on, before 0.12-0.26. Compiled for an H200:
-memory 0.01-0.05 in either, least time 1.01-1.25 in float32, 0.74-1.24 in bfloat16.
+memory 0.01-0.05 in either, least time 1.05-1.28 in float32, 0.74-1.24 in bfloat16.
 """
 
 from __future__ import annotations

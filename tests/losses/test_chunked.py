@@ -359,13 +359,12 @@ def test_memory_grows_with_neither_tokens_nor_their_product_with_the_vocabulary(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_keep_every_bit_in_the_place(tied):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_logits_keep_every_bit_in_the_place(tied, dtype):
     """Also those whose halves look like a NaN, which a conversion on the way would make quiet."""
     rows, vocab, width = 8, 96, 16
-    here = place.Place(
-        rows, head(0, tied, jnp.bfloat16, (rows,), width, vocab), halves=True, piece=rows
-    )
-    low = np.random.default_rng(0).choice([0x7F81, 0xFF81, 0x7FBF, 0x0001], (rows, vocab))
+    here = place.Place(rows, head(0, tied, dtype, (rows,), width, vocab), halves=True, piece=rows)
+    low = np.random.default_rng(0).choice([0x7F81, 0xFF81, 0x7C01, 0xFDFF, 1], (rows, vocab))
     values = jax.lax.bitcast_convert_type(jnp.asarray(0x3F800000 | low, jnp.uint32), jnp.float32)
     slot = here.student(0, 0)
 
