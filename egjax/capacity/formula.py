@@ -206,11 +206,10 @@ def _chunked_losses(case: Case, tokens: float, data: int, model: int) -> float:
     split = 1 if config.vocab_size % model else model
     place = split == 1 and tokens <= config.hidden_size  # in the place of the gradient
     entry = width if place and tokens <= config.hidden_size // 2 else 4
-    rounded = width if width < 4 else 0
+    rounded = width if width < entry else 0
     table = _head(config) / split
     if case.stage == "dpo":  # beside it the KL's to the initial policy, until they are added
-        both = 2 * (entry + (rounded if entry > width else 0))
-        gradient = table * (both if place else entry + rounded + width)
+        gradient = table * (entry + rounded + (entry + rounded if place else width))
     else:
         gradient = table * (entry + rounded)  # as it is summed, as it is rounded
         if data == 1:  # one is counted among the gradients

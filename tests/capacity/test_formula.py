@@ -7,6 +7,7 @@ from egjax.capacity import formula
 from egjax.capacity.stages import Case, _loss, program
 from egjax.lm.config import LlamaConfig
 from egjax.lm.model import REMAT
+from egjax.losses.blocks import moves_bits
 from egjax.mesh import make_mesh
 from egjax.train.layout import Layout
 
@@ -80,6 +81,8 @@ def test_losses_in_chunks_take_what_the_formula_says(stage, dtype, tokens):
     expected = formula.memory(case, 1, 1)["logits"]
     # In tables of one byte an entry; the rest is blocks of columns and the model.
     table = WIDTH * VOCABULARY
+    if (stage, dtype) == ("sft", "bfloat16") and tokens <= WIDTH // 2 and not moves_bits():
+        expected += 2 * table  # a CPU's copy
     assert found / table == pytest.approx(expected / table, abs=0.6)
 
 

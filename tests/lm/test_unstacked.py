@@ -20,7 +20,7 @@ PROMPTS = pad_prompts([[3, 9, 4], [8], [5, 6, 7, 8]], pad_id=0, bucket=4)
 
 def close(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-5)
 
 
 def test_every_layer_gives_what_it_gave(config, params):
