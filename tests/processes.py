@@ -62,6 +62,11 @@ def codes(processes: Sequence[subprocess.Popen], timeout: float) -> list[int]:
             time.sleep(LOOK)
         raise AssertionError(f"still there: {[p.poll() is None for p in processes]}")
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        kill(processes)
+
+
+def kill(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends what has not ended."""
+    for process in processes:
+        process.kill()
+        process.wait()

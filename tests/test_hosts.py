@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import LOOK, ROOT, codes, free_port, launch
+from processes import LOOK, ROOT, codes, free_port, kill, launch
 
 from egjax import hosts
 from egjax.errors import EgjaxError
@@ -136,9 +136,7 @@ def loop(folder: Path, count: int, **environment: str) -> list[subprocess.Popen]
         if any(process.poll() is not None for process in started):
             break
         time.sleep(LOOK)
-    for process in started:
-        process.kill()
-        process.wait()
+    kill(started)
     raise AssertionError([p.read_text() for p in folder.glob("*.err")])
 
 

@@ -33,7 +33,7 @@ from egjax.train.step import LossFn
 __all__ = ["LEAN", "STAGES", "Case", "Program", "frozen_table", "program", "training_step"]
 
 Stage = Literal["sft", "dpo", "distill", "decode"]
-Platform = Literal["tpu", "gpu"]
+Platform = Literal["tpu", "gpu", "cpu"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo", "distill", "decode")
 _ANY_STEPS = 1000  # of the schedule; it changes a constant of the program
 
@@ -55,7 +55,8 @@ class Case:
         new_tokens: of `length`, those that are decoded.
         layout: see `egjax.train.layout.Layout`.
         int8: the matrices of frozen models in eight bits, see `egjax.lm.int8`.
-        platform: `"tpu"` or `"gpu"`: which attention, and how large the chunks of losses.
+        platform: `"tpu"`, `"gpu"` or, to test against, `"cpu"`: which attention, and how large the
+            chunks of losses.
     """
 
     stage: Stage
