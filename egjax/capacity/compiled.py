@@ -106,8 +106,12 @@ def _gpus(topology: Topology) -> list[Any]:
                 topology=f"1x1x{topology.chips}",  # of one host
             )
     except Exception as error:
-        text = str(error).splitlines()[0]
-        raise EgjaxError(f"XLA refuses topology {topology.name}: {text}") from error
+        # Of a plugin that looked for a GPU and found none JAX wants to know nothing more.
+        unasked = isinstance(error, NotImplementedError)
+        raise EgjaxError(
+            f"XLA refuses topology {topology.name}: {str(error).splitlines()[0]}",
+            remedy="run it with JAX_PLATFORMS=cpu, where there is no GPU" if unasked else None,
+        ) from error
     return list(found.devices)
 
 

@@ -56,6 +56,19 @@ def test_a_decoder_on_one_gpu_has_its_layers_apart():
     assert stacked["gate"].shape == (2, 256, 512)
 
 
+def test_a_plugin_that_found_no_gpu_is_told(monkeypatch):
+    from jax.experimental import topologies
+
+    def refuse(**arguments):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(compiled, "has_compiler", lambda chip: True)
+    with pytest.raises(EgjaxError, match="not implemented for cuda") as error:
+        devices_of(parse("h200:1"))
+    assert "JAX_PLATFORMS=cpu" in (error.value.remedy or "")
+
+
 def test_missing_cudnn_is_told(monkeypatch):
     def lower(*arguments):
         raise RuntimeError("cuDNN not found.")
