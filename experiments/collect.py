@@ -638,7 +638,7 @@ def _shards(config: Config, tasks: Done) -> tuple[Shards, Callable[[int, Path], 
 def _collect(problem: Problem, config: Config, goals: str, out: Path) -> None:
     """Searches some tasks and writes what was found as JSON lines."""
     found = find_plans(problem, config, labels=True)
-    how = {"goals": goals, "seed": config.seed, "pay": config.rewards}
+    how: dict[str, Any] = {"goals": goals, "seed": config.seed}
     trajectories, pairs = judged(
         problem.tasks,
         problem.assignments,
@@ -652,6 +652,7 @@ def _collect(problem: Problem, config: Config, goals: str, out: Path) -> None:
             problem.assignments,
             [one.explored[: config.hindsight] for one in found],
             **how,
+            pay=config.rewards,
             discount=config.search.discount,
             most=config.hindsight,
         )

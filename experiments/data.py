@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,36 +141,77 @@ def make_task(program: Program, goals: str, split: str) -> HouseTask:
 
 
 def split_tasks(
-    tasks: Sequence[HouseTask], *, seed: int, unseen_share: float, seen_share: float
+    tasks: Sequence[HouseTask],
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    unseen_share: float,
+    seen_share: float,
 ) -> list[HouseTask]:
-    """Splits by activity, then by task.
+    """Splits by activity, then by families of like tasks.
 
     Activities are drawn until they hold `unseen_share` of the tasks: these are `unseen`. Of every
-    other activity `seen_share` of the tasks are held out as `seen`. No activity is on both sides.
+    other activity families are drawn until they hold `seen_share` of its tasks: these are held out
+    as `seen`. A family is what has the same prompt or came from the same file of people's programs
+    (`file12_1`, `file12_2`). Training tasks whose prompt, the activity's name apart, is that of a
+    held-out one are left out. So no activity is both trained on and `unseen`, and no held-out
+    prompt was trained on.
 
     Args:
-        tasks: all with a goal.
+        tasks: n tasks, all with a goal.
+        prompts: of each what a planner is asked without the activity's name.
         seed: of the draw.
         unseen_share, seen_share: shares of tasks.
     """
     rng = np.random.default_rng(seed)
-    by_title: dict[str, list[HouseTask]] = {}
-    for task in tasks:
-        by_title.setdefault(task.title, []).append(task)
-    out: list[HouseTask] = []
+    by_title: dict[str, list[int]] = {}
+    for i, task in enumerate(tasks):
+        by_title.setdefault(task.title, []).append(i)
+    splits = ["train"] * len(tasks)
     unseen = 0
     for title in (sorted(by_title)[i] for i in rng.permutation(len(by_title))):
         group = by_title[title]
         if unseen + len(group) / 2 < unseen_share * len(tasks):
             unseen += len(group)
-            out += [HouseTask(t.program, t.predicates, "unseen") for t in group]
+            for i in group:
+                splits[i] = "unseen"
             continue
-        held = set(rng.permutation(len(group))[: round(seen_share * len(group))].tolist())
-        out += [
-            HouseTask(t.program, t.predicates, "seen" if i in held else "train")
-            for i, t in enumerate(group)
-        ]
-    return out
+        families = _families([(_source(tasks[i].name), prompts[i]) for i in group])
+        seen = 0
+        for family in (families[k] for k in rng.permutation(len(families))):
+            if seen + len(family) / 2 < seen_share * len(group):
+                seen += len(family)
+                for k in family:
+                    splits[group[k]] = "seen"
+    held = {prompt for prompt, split in zip(prompts, splits, strict=True) if split != "train"}
+    return [
+        HouseTask(task.program, task.predicates, split)
+        for task, prompt, split in zip(tasks, prompts, splits, strict=True)
+        if split != "train" or prompt not in held
+    ]
+
+
+def _source(name: str) -> str:
+    """The file of people's programs that a program came from: RobotHow numbers its variants."""
+    return re.sub(r"_\d+$", "", name.rsplit("/", 1)[-1])
+
+
+def _families(labels: Sequence[Sequence[Hashable]]) -> list[list[int]]:
+    """Rows that share a label, or are linked by others that do, in the order of their first ones.
+
+    Args:
+        labels: of each row one for each kind of label.
+    """
+    family = list(range(len(labels)))
+    first: dict[Hashable, int] = {}
+    for row, found in enumerate(labels):
+        for label in enumerate(found):
+            old, new = family[row], family[first.setdefault(label, row)]
+            family = [new if f == old else f for f in family]
+    rows: dict[int, list[int]] = {}
+    for row, f in enumerate(family):
+        rows.setdefault(f, []).append(row)
+    return list(rows.values())
 
 
 def load_tasks(

@@ -28,7 +28,7 @@ from egjax.evals.manifest import write_atomic
 from egjax.evals.nearest import copy_plans
 from egjax.evals.plans import Verdict, judge, plan_length
 from egjax.evals.probing import ProbeConfig, probe
-from egjax.evals.text import correct, length_normalised, rouge_l
+from egjax.evals.text import correct, length_normalised, path_overlap, rooms, rouge_l
 from egjax.experience.records import Sample
 from egjax.lm.ensemble import Combine, Models, first
 from egjax.lm.model import forward
@@ -227,9 +227,11 @@ def _outcomes(
     said = [plan if isinstance(plan, str) else to_english(plan) for plan in plans]
     human = [to_english(task.program.script) for task in held]
     rouge = rouge_l(said, human)
+    alike = _alike(held)
     return [
         {
             "task": task.name,
+            "alike": alike[task.name],
             "activity": task.title,
             "split": task.split,
             "plan": plan,
@@ -247,26 +249,57 @@ def _outcomes(
     ]
 
 
+def _alike(tasks: Sequence[HouseTask]) -> dict[str, str]:
+    """For each task the first one that asks the same, the activity's name apart: outcomes of such
+    tasks are hardly independent."""
+    first: dict[str, str] = {}
+    return {t.name: first.setdefault(t.prompt(titled=False), t.name) for t in tasks}
+
+
 def _questions(
     players: dict[str, tuple[Models, Combine]], tokenizer: Tokenizer, text: Done, config: Config
 ) -> dict[str, Callable[[], Any]]:
-    """Multiple choice by length-normalised log-probability: right or wrong, per task type."""
+    """Multiple choice by length-normalised log-probability: right or wrong, per task type. And
+    paths as models write them: the share of the rooms that is right (E2WM's metric)."""
     asked_ = load_samples(text.path / "questions.jsonl")
     kinds = sorted({sample.task_type for sample in asked_})
 
+    def of_kind(kind: str) -> list[Sample]:
+        return [s for s in asked_ if s.task_type == kind and s.choices][: config.questions]
+
+    def written(name: str) -> list[float]:
+        models, combine = players[name]
+        samples = of_kind("path")
+        answers = plans_of(
+            models,
+            tokenizer,
+            [s.prompt for s in samples],
+            title=f"paths {NAMES[name]}",
+            combine=combine,
+            max_new_tokens=config.max_new_tokens,
+            rows=config.rows,
+        )
+        return [
+            path_overlap(rooms(answer), rooms(s.completion))
+            for answer, s in zip(answers, samples, strict=True)
+        ]
+
     def right(name: str, kind: str) -> list[bool]:
         models, combine = players[name]
-        samples = [s for s in asked_ if s.task_type == kind and s.choices][: config.questions]
+        samples = of_kind(kind)
         title = f"{kind} {NAMES[name]}"
         scores, mask = _scores(models, combine, tokenizer, samples, title, config.rows)
         answers = [(s.choices or ()).index(s.completion) for s in samples]
         return [bool(x) for x in correct(scores, np.array(answers), mask)]
 
-    return {
+    units: dict[str, Callable[[], Any]] = {
         f"questions.{name}.{kind}": functools.partial(right, name, kind)
         for name in players
         for kind in kinds
     }
+    if "path" in kinds:
+        units |= {f"questions.{n}.path_written": functools.partial(written, n) for n in players}
+    return units
 
 
 def _scores(
@@ -315,19 +348,20 @@ def _probes(
         note("too few tasks per activity for a linear probe")
         return {}
     prompts = [task.prompt(titled=False) for task in every]
+    alike = _alike(every)
 
     def curve(name: str) -> dict[str, Any]:
         hidden = _last_hidden(loaded[name], tokenizer, prompts, config.rows)
         found = probe(
             hidden,
             [task.title for task in every],
-            [task.name for task in every],
+            [alike[task.name] for task in every],
             config.probes,
             name=f"probe/{name}",
         )
         return {
             "correct": found.correct.tolist(),
-            "tasks": [every[i].name for i in found.tests],
+            "tasks": [alike[every[i].name] for i in found.tests],
             "majority": found.majority.to_dict(),
         }
 
@@ -365,11 +399,12 @@ def figures(done: Done, seed: int) -> list[Figure]:
             solved = np.array([row["solved"] for row in rows if row["split"] == split], bool)
             if len(solved):
                 label = f"success/{NAMES.get(name, name)}/{split}"
-                found.append(measure(label, solved, "fraction", seed=seed))
+                alike = [row["alike"] for row in rows if row["split"] == split]
+                found.append(measure(label, solved, "fraction", seed=seed, clusters=alike))
     for name, kinds in record["questions"].items():
         for kind, right in kinds.items():
             label = f"{kind}/{NAMES[name]}"
-            found.append(measure(label, np.array(right, bool), "fraction", seed=seed))
+            found.append(measure(label, np.array(right), "fraction", seed=seed))
     return found
 
 

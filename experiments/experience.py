@@ -50,20 +50,19 @@ def judged(
     *,
     goals: str,
     seed: int,
-    pay: Rewards,
     pair_all: bool,
 ) -> tuple[list[Trajectory], list[PreferencePair]]:
     """Labelled plans that mean in English what they did with ids, and preference pairs of them.
 
     A name can mean another object than the search used; such plans are judged again as English,
-    and only those that keep their label become text to learn from.
+    and only those become text to learn from that keep their label and of which as many steps are
+    accepted: what is kept of each step is that of the ids.
 
     Args:
         tasks, assignments: n tasks.
         labelled: plans of each task.
         goals: name of the goal set.
         seed: of the search.
-        pay: rewards of a step.
         pair_all: pairs of plans that were made, too.
     """
     rows = [(row, one) for row, plans in enumerate(labelled) for one in plans]
@@ -76,10 +75,11 @@ def judged(
     pairs: list[PreferencePair] = []
     chosen: dict[int, str] = {}
     for (row, one), text, verdict in zip(rows, texts, verdicts, strict=True):
-        if verdict.solved == (one.label == "failed"):
+        accepted = sum(step.accepted for step in verdict.steps)
+        if verdict.solved == (one.label == "failed") or accepted != one.traced.accepted:
             continue
         task = tasks[row]
-        trajectories.append(_trajectory(task, one, text, verdict, goals, seed, pay))
+        trajectories.append(_trajectory(task, one, text, verdict, goals, seed))
         if one.label == "positive":
             chosen.setdefault(row, text)
         elif row in chosen and (one.tried or pair_all):
@@ -94,9 +94,7 @@ def _trajectory(
     verdict: Verdict,
     goals: str,
     seed: int,
-    pay: Rewards,
 ) -> Trajectory:
-    total = pay.gain * verdict.satisfied + pay.cost * max(len(one.lines) - verdict.satisfied, 0)
     return Trajectory(
         task=task.name,
         title=task.title,
@@ -105,7 +103,7 @@ def _trajectory(
         text=text,
         label=one.label,
         solved=verdict.solved,
-        total_return=float(total),
+        total_return=float(sum(one.traced.rewards)),
         goals=goals,
         seed=seed,
         kind=one.kind,
@@ -133,9 +131,10 @@ def in_hindsight(
     They start where their task does and bear no title, because they are not that activity.
 
     Args:
-        tasks, assignments, goals, pay: as for `judged`.
+        tasks, assignments, goals: as for `judged`.
         explored: what was tried in vain on each task.
         seed: of the search; also decides which goals are taken.
+        pay: rewards of a step.
         discount: of rewards a step.
         most: explorations of a task at most.
     """

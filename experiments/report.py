@@ -2,8 +2,9 @@
 
     python -m experiments.report --run runs/quick
 
-Puts the outcomes of all seeds together. Every figure has n, seed and a bootstrap interval clustered
-by task; differences are paired. Needs the stage `evaluate`.
+Puts the outcomes of all seeds together. Every figure has n, seed and a bootstrap interval in which
+tasks that ask the same are one, under all seeds; differences are paired. On unseen activities a
+second interval draws activities, as what is told of others needs. Needs the stage `evaluate`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,14 @@ _CURVES = {
     "dpo": "DPO",
 }
 _EXAMPLES = 6
+# Which tasks, and what is drawn together: on unseen activities the tasks of one, too, for what is
+# said of activities that were not asked.
+_SETS = (
+    ("all", "alike"),
+    ("seen", "alike"),
+    ("unseen", "alike"),
+    ("unseen, by activity", "activity"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def _scores(name: str, rows: Sequence[dict[str, Any]], seed: int) -> ModelScores
         part = [row for row in rows if row["split"] == split]
         if not part:
             continue
-        tasks = [row["task"] for row in part]
+        tasks = [row["alike"] for row in part]
         solved = [row for row in part if row["solved"]]
 
         def figure(metric: str, key: str, kind: type, part=part, tasks=tasks, split=split):
@@ -124,7 +133,7 @@ def _scores(name: str, rows: Sequence[dict[str, Any]], seed: int) -> ModelScores
                 ratios,
                 "ratio",
                 seed=seed,
-                clusters=[r["task"] for r in solved],
+                clusters=[r["alike"] for r in solved],
             )
         scores.append(
             PlanScores(
@@ -141,11 +150,11 @@ def _scores(name: str, rows: Sequence[dict[str, Any]], seed: int) -> ModelScores
 def _comparisons(rows: Rows, seed: int) -> list[Comparison]:
     found = []
     for ours, theirs in ((a, b) for a, b in _COMPARED if a in rows and b in rows):
-        for split in ("all", "seen", "unseen"):
+        for split, cluster in _SETS:
             pairs = [
                 (a, b)
                 for a, b in zip(rows[ours], rows[theirs], strict=True)
-                if split in ("all", a["split"])
+                if split.startswith(("all", a["split"]))
             ]
             if len(pairs) < 2:
                 continue
@@ -153,11 +162,11 @@ def _comparisons(rows: Rows, seed: int) -> list[Comparison]:
             for metric, key in (("success", "solved"), ("rouge_l", "rouge_l")):
                 difference = paired_measure(
                     f"{metric}/{_LABELS[ours]} − {_LABELS[theirs]}/{split}",
-                    np.array([float(a[key]) for a, _ in pairs]),
-                    np.array([float(b[key]) for _, b in pairs]),
+                    np.array([a[key] for a, _ in pairs]),
+                    np.array([b[key] for _, b in pairs]),
                     "fraction",
                     seed=seed,
-                    clusters=[a["task"] for a, _ in pairs],
+                    clusters=[a[cluster] for a, _ in pairs],
                 )
                 found.append(Comparison(_LABELS[ours], _LABELS[theirs], metric, split, difference))
     return found
@@ -167,7 +176,7 @@ def _questions(records: Sequence[Any], seed: int) -> list[QuestionScore]:
     found = []
     for name in NAMES:
         for kind in records[0]["questions"].get(name, {}):
-            right = [np.array(record["questions"][name][kind], bool) for record in records]
+            right = [np.array(record["questions"][name][kind]) for record in records]
             items = np.tile(np.arange(len(right[0])), len(right)).tolist()
             figure = measure(
                 f"{kind}/{NAMES[name]}",
@@ -204,7 +213,7 @@ def _examples(rows: Rows) -> list[PlanExample]:
         steps = tuple(PlanStep(**step) for step in row["steps"])
         return PlanColumn(_LABELS[name], steps, row["satisfied"], row["goals"], row["solved"])
 
-    count = len(rows[HUMAN])
+    count = len({row["task"] for row in rows[HUMAN]})  # of the first seed
     differ = [len({rows[name][i]["solved"] for name in models}) > 1 for i in range(count)]
     order = sorted(range(count), key=lambda i: not differ[i])
     chosen: list[int] = []
@@ -243,7 +252,7 @@ def build(config: Config) -> Results:
                 [row["human_length"] for row in rows[name]],
                 [row["solved"] for row in rows[name]],
                 seed=seed,
-                clusters=[row["task"] for row in rows[name]],
+                clusters=[row["alike"] for row in rows[name]],
             ),
         )
         for name in (*models, COPY, SEARCH)

@@ -2,8 +2,9 @@
 
     python -m experiments.tasks --run runs/quick
 
-Writes `tasks.json` into the run: name, activity and split of each task with a goal, and how many
-had none. Hardware: one CPU core, some ten seconds for 518 programs.
+Writes `tasks.json` into the run: name, activity and split of each task with a goal, how many had
+none, and how many were left out of training because a held-out task asks the same.
+Hardware: one CPU core, some twenty seconds for 518 programs.
 """
 
 from __future__ import annotations
@@ -58,20 +59,31 @@ def stage(config: Config) -> Done:
 
 
 def _work(config: Config, out: Path) -> None:
-    # Without their graphs, which are large, and needed for the goal only.
-    found = [_light(make_task(p, config.goals, "train")) for p in each(config.robothow)]
-    tasks = [task for task in found if task.predicates]
+    tasks: list[HouseTask] = []
+    prompts: list[str] = []
+    programs = 0
+    for program in each(config.robothow):
+        programs += 1
+        task = make_task(program, config.goals, "train")
+        if task.predicates:
+            prompts.append(task.prompt(titled=False))
+            tasks.append(_light(task))
     if not tasks:
         raise EgjaxError("no task has a goal", remedy="try --goals e2wm")
     split = split_tasks(
-        tasks, seed=config.seed, unseen_share=config.unseen_share, seen_share=config.seen_share
+        tasks,
+        prompts,
+        seed=config.seed,
+        unseen_share=config.unseen_share,
+        seen_share=config.seen_share,
     )
     kept = _limit(split, config)
     record = {
         "dataset": dataset_name(config.robothow),
         "goals": config.goals,
-        "programs": len(found),
-        "without_goal": len(found) - len(tasks),
+        "programs": programs,
+        "without_goal": programs - len(tasks),
+        "alike": len(tasks) - len(split),
         "unseen": sorted({task.title for task in split if task.split == "unseen"}),
         "tasks": [{"name": t.name, "title": t.title, "split": t.split} for t in kept],
     }
@@ -79,15 +91,19 @@ def _work(config: Config, out: Path) -> None:
 
 
 def _light(task: HouseTask) -> HouseTask:
+    """Without its graphs, which are large."""
     return dataclasses.replace(task, program=dataclasses.replace(task.program, init={}, final={}))
 
 
 def _limit(tasks: list[HouseTask], config: Config) -> list[HouseTask]:
-    """At most so many tasks of each split, drawn by the seed; sorted by name."""
+    """At most so many tasks of each split, drawn by the seed; sorted by name. Of activities whose
+    training tasks were not drawn none is `seen`."""
     rng = np.random.default_rng(config.seed)
     kept: list[HouseTask] = []
     for name in SPLITS:
-        group = sorted((t for t in tasks if t.split == name), key=lambda t: t.name)
+        known = {t.title for t in kept if t.split == "train"}
+        group = [t for t in tasks if t.split == name and (name != "seen" or t.title in known)]
+        group.sort(key=lambda t: t.name)
         most = (config.train if name == "train" else config.held_out) or len(group)
         kept += [group[i] for i in sorted(rng.permutation(len(group))[:most])]
     return kept
@@ -101,6 +117,7 @@ def figures(done: Done) -> list[Figure]:
     return [
         Figure("programs", n, "programs", n=n),
         Figure("without_goal", record["without_goal"], "programs", n=n),
+        Figure("left_out_alike", record["alike"], "programs", n=n),
         *[Figure(f"tasks_{name}", counts[name], "tasks", n=n) for name in SPLITS],
     ]
 

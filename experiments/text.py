@@ -5,7 +5,8 @@
 Needs the stages `tasks` and `collect`. General text (scene descriptions, wandering errands, facts,
 which things belong to which seen activity) pretrains both models; plans that the search found,
 hindsight-relabelled errands and questions train the small one. Only training scenes and seen
-activities are used, and every text is checked for the names of unseen activities.
+activities are used, every text is checked for the names of unseen activities, and no plan is asked
+for in the words of a held-out task.
 Hardware: two CPU cores, one and a half to five minutes.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +99,9 @@ def _work(config: Config, tasks_path: Path, experience: Path, out: Path) -> None
         ):
             general.append(text)
             update(len(general), "")
-    samples = [*_plans(train, experience, config), *_hindsight(worlds, config, unseen)]
+    asked_of_planners = {t.prompt(titled=False) for t in tasks if t.split != "train"}
+    samples = _plans(train, experience, config)
+    samples += _hindsight(worlds, config, unseen, asked_of_planners)
     samples += _questions(worlds, config, seed=config.seed + 1, count=config.questions)
     samples += _recognition(train, experience, config)
     samples = [s for s in samples if not mentions(f"{s.prompt} {s.completion}", unseen)]
@@ -158,10 +161,17 @@ def _plans(train: Sequence[HouseTask], experience: Path, config: Config) -> list
     return samples
 
 
-def _hindsight(worlds: Sequence[World], config: Config, unseen: Sequence[str]) -> list[Sample]:
+def _hindsight(
+    worlds: Sequence[World], config: Config, unseen: Sequence[str], held_out: Collection[str]
+) -> list[Sample]:
     samples = []
     found = hindsight_samples(
-        worlds, config.hindsight, seed=config.seed, unseen=unseen, batch=config.batch
+        worlds,
+        config.hindsight,
+        seed=config.seed,
+        unseen=unseen,
+        held_out=held_out,
+        batch=config.batch,
     )
     with progress("hindsight", 2 * config.hindsight) as update:
         for sample in found:

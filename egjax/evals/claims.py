@@ -40,7 +40,8 @@ def comparison_claim(pair: Comparison) -> Claim:
     """One sentence about one comparison, with difference, interval and n."""
     verdict = judge_difference(pair.difference)
     metric = pair.metric.replace("_", " ").replace("rouge l", "ROUGE-L")
-    tasks = "all tasks" if pair.split == "all" else f"{pair.split} activities"
+    split, *how = pair.split.split(", ")
+    tasks = ", ".join(["all tasks" if split == "all" else f"{split} activities", *how])
     relation = {
         Verdict.BETTER: "is better than",
         Verdict.WORSE: "is worse than",

@@ -230,7 +230,7 @@ def _probes(curves: Sequence[ProbeCurve], roles: dict[str, Role], theme: Theme) 
             "most frequent label", (100, level), ha="right", va="bottom", fontsize=9,
             textcoords="offset points", xytext=(0, 2),
         )  # fmt: skip
-        axis.set_title(f"{name} (n = {inside[0].majority.n})")
+        axis.set_title(f"{name} (n = {inside[0].accuracy[0].n})")
         axis.set(xlabel="depth of the layer, % of the model", ylim=(-4, 104))
     axes[0][0].set_ylabel("accuracy of a linear probe, %")
     figure.legend(loc="outside right upper")

@@ -7,7 +7,7 @@ samples teach short plans for goals of any composition, without an activity's na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from egjax.experience.episodes import Episode, Fact
-from egjax.experience.prompts import mentions, plan_sample
+from egjax.experience.prompts import mentions, plan_prompt, plan_sample
 from egjax.experience.records import Sample
 from egjax.experience.rollouts import (
     Focus,
@@ -303,6 +303,7 @@ def hindsight_samples(
     focus: Focus | None = None,
     config: Relabel | None = None,
     unseen: Sequence[str] = (),
+    held_out: Collection[str] = (),
     batch: int = 64,
 ) -> Iterator[Sample]:
     """Plan generation samples without an activity's name, from random errands.
@@ -314,6 +315,8 @@ def hindsight_samples(
         focus: how the errands look.
         config: how goals are chosen.
         unseen: activities that no text may name; a plan that happens to is left out.
+        held_out: prompts that are not asked, in any order of their parts: `plan_prompt` without an
+            activity's name and without a seed.
         batch: errands simulated at once.
     """
     focus, config = focus or Focus(length=16), config or Relabel()
@@ -330,6 +333,8 @@ def hindsight_samples(
         )
         for episode, predicates in goals:
             plan, start = episode.english(), episode.graph()
+            if held_out and plan_prompt(None, predicates, start) in held_out:
+                continue
             order = int(rng.integers(2**31))
             sample = plan_sample(plan, None, predicates, start, seed=order)
             text = (sample.prompt, sample.completion)

@@ -7,6 +7,7 @@ asked; or None where an episode has nothing to ask about.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -212,22 +213,33 @@ def object_path(
         story.append(rng.choice([queue for queue in queues if queue]).pop(0))
     episode = episodes[number]
     rooms = [episode.name(room) for room in paths[number, item]]
-    wrong = _wrong_paths(rooms, [episode.name(room) for room in sorted(episode.rooms)], rng)
+    house = [episode.name(room) for room in sorted(episode.rooms)]
+    entered = [room for room in house if any(room in sentence for sentence in story)]
+    wrong = _wrong_paths(rooms, entered, rng) or _wrong_paths(rooms, house, rng)
+    wrong = wrong or [list(reversed(rooms))]
     answer = ", ".join(rooms)
     question = f"Q: Through which rooms did the {episode.name(item)} go?"
     return Sample(
         "path",
         f"{' '.join(story)}\n{question}\nA:",
         answer,
-        _options(answer, wrong, choices, rng),
+        _options(answer, [", ".join(path) for path in wrong], choices, rng),
     )
 
 
-def _wrong_paths(path: Sequence[str], rooms: Sequence[str], rng: random.Random) -> list[str]:
-    """Paths near the right one: reversed, cut, one room exchanged."""
-    wrong = [list(reversed(path)), list(path[:-1]), list(path[1:])]
-    for at in range(len(path)):
-        others = [room for room in rooms if room not in path[max(at - 1, 0) : at + 2]]
-        if others:
-            wrong.append([*path[:at], rng.choice(others), *path[at + 1 :]])
-    return [", ".join(p) for p in wrong if p]
+def _wrong_paths(path: Sequence[str], rooms: Sequence[str], rng: random.Random) -> list[list[str]]:
+    """Paths of the right one's length: one room exchanged, another, and both. So each of the four
+    differs alike from the others, and what they share does not give the right one away. None where
+    there are too few rooms."""
+    places = list(itertools.permutations(range(len(path)), 2))
+    exchanged = list(itertools.product(rooms, repeat=2))
+    for first, second in rng.sample(places, len(places)):
+        for a, b in rng.sample(exchanged, len(exchanged)):
+            wrong = [list(path) for _ in range(3)]
+            wrong[0][first] = wrong[2][first] = a
+            wrong[1][second] = wrong[2][second] = b
+            # Nobody goes from a room to itself.
+            walks = all(x != y for one in wrong for x, y in itertools.pairwise(one))
+            if a != path[first] and b != path[second] and walks:
+                return wrong
+    return []

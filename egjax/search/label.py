@@ -45,8 +45,8 @@ class LabelConfig:
 
     Attributes:
         k: plans of each kind a task at most.
-        margin: a success counts as redundant if it has at least so many steps more than the
-            shortest, ...
+        margin: a success counts as redundant if it can do without some step, has at least so many
+            steps more than the shortest, ...
         ratio: ... and at least so many times its steps.
         stretch: a failure is cut to so many times the steps of the shortest success; what is left
             is a failed exploration as well, and with 1 its length does not tell it from a success.
@@ -293,12 +293,18 @@ def label(
         -1,
     )
     longer, fits = insert(world, params, embedding, whole, offered)
+    # A long way to the goal may need every step: another object, the other hand.
+    least = np.maximum(steps + config.margin, np.ceil(steps * config.ratio))
+    long = [by_length[b, : wins[b]] for b in range(batch)]
+    long = [won[solved_at[b, won] >= least[b]] for b, won in enumerate(long)]
+    candidates = [_distinct(actions[b], won, config.k) for b, won in enumerate(long)]
+    shortened = prune(world, params, embedding, pad(candidates))
 
     labelled = []
     for b in range(batch):
-        least = max(steps[b] + config.margin, np.ceil(steps[b] * config.ratio))
-        won = by_length[b, : wins[b]]
-        redundant = _distinct(actions[b], won[solved_at[b, won] >= least], config.k)
+        redundant = [
+            plan for plan, row in zip(candidates[b], shortened[b]) if len(_plan(row)) < len(plan)
+        ]
         if steps[b]:
             made = _distinct(longer[b], np.flatnonzero(fits[b]), config.k)
             redundant = list(dict.fromkeys(redundant + sorted(made, key=len)))[: config.k]
@@ -328,11 +334,13 @@ class Traced(NamedTuple):
         values: mean return from the step on, of all that the search tried from there: that of the
             tree's edge, below the tree what this plan goes on to earn.
         visits: of the tree's edge, 0 below the tree.
+        accepted: how many steps were legal before the first that was not.
     """
 
     rewards: tuple[float, ...]
     values: tuple[float, ...]
     visits: tuple[int, ...]
+    accepted: int
 
 
 def trace(
@@ -374,6 +382,7 @@ def trace(
             if count == 0 or not tried[b, p, t]:
                 break
             visits[t], values[t], node = int(count), float(gain), int(children)
-        return Traced(tuple(steps), tuple(values), tuple(visits))
+        accepted = int(tried[b, p, : len(plan)].sum())
+        return Traced(tuple(steps), tuple(values), tuple(visits), accepted)
 
     return [[one(b, p, plan) for p, plan in enumerate(row)] for b, row in enumerate(plans)]
