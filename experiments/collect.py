@@ -43,7 +43,7 @@ import tyro
 from jax.sharding import Mesh
 
 from egjax import hosts
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, check_range
 from egjax.evals import card
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
@@ -224,6 +224,13 @@ class Problem:
         if rounded:
             self.size, objects = round_up(self.size, 64), round_up(objects, 16)
         self.sizes = [len(table) for table in self.tables]
+        for task, size in zip(self.tasks, self.sizes, strict=True):
+            if not size:
+                raise EgjaxError(
+                    "no action has to do with its goal, so nothing can be searched",
+                    where=task.name,
+                    remedy=f"leave it out; wanted: {', '.join(map(str, task.predicates))}",
+                )
         self.arrays = [
             Task(
                 a.scene,
@@ -423,7 +430,7 @@ def _search_batch(
     verdicts = judge([problem.assignments[row] for row in rows], scripts)
     return [
         replace(
-            _judged(_draft(problem, row, outcome, place, config), plan, script, verdict),
+            _judged(_draft(problem, row, outcome, place, len(rows)), plan, script, verdict),
             labelled=labelled[place],
             explored=explored[place],
         )
@@ -433,8 +440,8 @@ def _search_batch(
     ]
 
 
-def _draft(problem: Problem, row: int, outcome: Outcome, place: int, config: Config) -> Found:
-    """What the search says of a task, before its plan is judged."""
+def _draft(problem: Problem, row: int, outcome: Outcome, place: int, searched: int) -> Found:
+    """What the search of so many tasks at once says of one, before its plan is judged."""
     task = problem.tasks[row]
     report = SearchedTask(
         name=task.name,
@@ -445,7 +452,7 @@ def _draft(problem: Problem, row: int, outcome: Outcome, place: int, config: Con
         plan_length=None,
         human_length=plan_length(task.program.script),
         simulations=int(outcome.simulations[place]),
-        seconds=outcome.seconds / config.batch,
+        seconds=outcome.seconds / searched,
     )
     steps = int(np.asarray(outcome.record.length)[:, place].sum())
     return Found(report, [], None, steps, report.seconds)
@@ -665,7 +672,14 @@ def _collect(problem: Problem, config: Config, goals: str, out: Path) -> None:
 
 def _read(kind: type, path: Path) -> list[Any]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [from_flat(kind, json.loads(line)) for line in lines if line]
+    try:
+        return [from_flat(kind, json.loads(line)) for line in lines if line]
+    except ValueError as error:
+        raise EgjaxError(
+            f"a damaged shard: {error}",
+            where=str(path),
+            remedy=f"delete {path.parent} and give the same command, which makes it anew",
+        ) from None
 
 
 def _put_together(config: Config, tasks_path: Path, shards: Sequence[Path], out: Path) -> None:
@@ -773,6 +787,8 @@ def _of_a_run(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    check_range(config.batch, "[1, inf)", where="--batch")
+    check_range(config.hindsight, "[0, inf)", where="--hindsight")
     if config.tasks is None and (config.told or config.picture is not None):
         raise EgjaxError("--told and --picture go with --tasks")
     if config.tasks is None:

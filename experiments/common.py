@@ -31,7 +31,7 @@ import jax
 
 import egjax
 from egjax import hosts
-from egjax.errors import EgjaxError, require
+from egjax.errors import EgjaxError, check_range, require
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import describe, write_atomic
 from egjax.files import (
@@ -60,6 +60,7 @@ __all__ = [
     "file_fingerprint",
     "fingerprint",
     "finished",
+    "finished_at",
     "inputs_of",
     "note",
     "open_run",
@@ -155,6 +156,7 @@ def run_main(
         plain = {} if default is None else {"default": default(argv)}
         options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
+        _check_seeds(options)
         check_writers(getattr(options, "log_to", ()))
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
@@ -187,6 +189,16 @@ def run_main(
         code = getattr(error, "exit_code", EgjaxError.exit_code)
         _leave(code, line)
     sys.exit(code)
+
+
+def _check_seeds(config: Any) -> None:
+    """Refuses seeds that NumPy's generators do not take, and the same one twice."""
+    check_range(getattr(config, "seed", None), "[0, 4294967296)", where="--seed")
+    seeds = getattr(config, "seeds", ())
+    for seed in seeds:
+        check_range(seed, "[0, 4294967296)", where="--seeds")
+    if len(set(seeds)) < len(seeds):
+        raise EgjaxError("a seed is given twice, and would count twice", where="--seeds")
 
 
 def _profile_option(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -367,7 +379,9 @@ def _one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return f"{error.filename or 'the folder'}: the file system is read-only"
     if (
-        isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+        isinstance(
+            error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
+        )
         and error.filename
     ):
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
@@ -872,6 +886,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+_SHARED_STAGES = ("tasks", "collect", "text")  # that all seeds of a run build on
+
+
 def inputs_of(folder: Path) -> tuple[str, dict[str, Any]]:
     """What a stage at work in a folder is made from: its fingerprint, and its inputs as JSON;
     empty where no stage is."""
@@ -888,7 +905,8 @@ def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
         made_by: module that makes it, named in the error.
 
     Raises:
-        EgjaxError: it is not there or not finished.
+        EgjaxError: it is not there or not finished, or was made from other tasks, experience or
+            text than those that the run has now.
     """
     record = _read_json(run_dir / name / _RECORD)
     scripts = (f"experiments.{made_by}", "experiments.pipeline")
@@ -898,4 +916,17 @@ def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
             where=str(run_dir),
             remedy=f"run python -m {' or '.join(dict.fromkeys(scripts))} first",
         )
+    for before in _SHARED_STAGES:
+        known, now = record.get("inputs", {}).get(before), _read_json(run_dir / before / _RECORD)
+        if known is not None and "finished" in now and now["fingerprint"] != known:
+            raise EgjaxError(
+                f"stage {name!r} was made from another stage {before!r} than the run has now",
+                where=str(run_dir),
+                remedy=f"run python -m {' or '.join(dict.fromkeys(scripts))} again",
+            )
     return Done(run_dir / name, record["fingerprint"], record["seconds"], kept=True)
+
+
+def finished_at(done: Done) -> str:
+    """When a stage was finished, UTC, ISO 8601."""
+    return _read_json(done.path / _RECORD)["finished"]

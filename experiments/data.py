@@ -20,12 +20,13 @@ from egjax.sim.graph import encode, sizes_of
 from egjax.sim.household import home_programs
 from egjax.sim.placing import PLACED, load_placed
 from egjax.sim.robothow import Program, each_program, find_dataset, load_programs
-from experiments.common import note
+from experiments.common import file_fingerprint, note
 
 __all__ = [
     "SPLITS",
     "HouseTask",
     "assignments",
+    "content",
     "dataset_name",
     "each",
     "load_tasks",
@@ -44,6 +45,12 @@ def dataset_name(robothow: Path | None) -> str:
     if robothow is not None:
         return "placed programs" if (robothow / PLACED).exists() else "RobotHow folder"
     return "RobotHow (virtualhome-eval)" if find_dataset() else "embedded household"
+
+
+def content(robothow: Path | None) -> str:
+    """Fingerprint of the data that `programs` reads; empty for the embedded household."""
+    folder = robothow or find_dataset()
+    return "" if folder is None else file_fingerprint(Path(folder))
 
 
 def origin(robothow: Path | None) -> tuple[str, str]:

@@ -21,9 +21,10 @@ import numpy as np
 import tyro
 
 from egjax import hosts
+from egjax.errors import EgjaxError
 from egjax.evals import report as page
 from egjax.evals.intervals import Figure, measure, paired_measure
-from egjax.evals.manifest import Manifest, StageTime, describe
+from egjax.evals.manifest import Manifest, StageTime, began, describe
 from egjax.evals.plans import by_steps
 from egjax.evals.results import (
     Comparison,
@@ -42,7 +43,7 @@ from egjax.evals.results import (
     TrainingCurve,
 )
 from egjax.evals.table import print_summary
-from experiments.common import emit, finished, note, open_run, run_main
+from experiments.common import emit, finished, finished_at, note, open_run, run_main
 from experiments.evaluate import COPY, HUMAN, NAMES, SEARCH
 from experiments.training import METRICS, curve
 
@@ -233,6 +234,8 @@ def _examples(rows: Rows) -> list[PlanExample]:
 
 def build(config: Config) -> Results:
     """Results of a run from the outcomes that its stages wrote."""
+    if not config.seeds:
+        raise EgjaxError("no seed to report", where="--seeds")
     seed = config.seeds[0]
     records = [_read(config.run / f"seed{s}/evaluate") for s in config.seeds]
     fixed = _read(config.run / "held_out_search")
@@ -318,7 +321,7 @@ def _manifest(config: Config) -> Manifest:
     stages = []
     for name in names:
         done = finished(config.run, name, made_by="pipeline")
-        stages.append(StageTime(name, done.seconds, kept=False))
+        stages.append(StageTime(name, done.seconds, kept=finished_at(done) < began()))
     return dataclasses.replace(describe(seeds=config.seeds), stages=tuple(stages))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from egjax.errors import EgjaxError
@@ -28,7 +29,7 @@ from egjax.evals.results import PlanStep
 from egjax.sim.text import Line, parse_line
 from egjax.train.progress import progress
 from experiments.common import emit, run_main
-from experiments.data import HouseTask, assignments, make_task, programs
+from experiments.data import HouseTask, assignments, make_task, programs, round_up
 from experiments.solve import own_task
 
 Row = Mapping[str, Any]
@@ -73,7 +74,7 @@ def main(config: Config) -> None:
 def _read(path: Path) -> dict[int, Row]:
     """Rows by line number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EgjaxError("cannot read the plans", where=str(path), remedy=str(error)) from None
     rows: dict[int, Row] = {}
@@ -87,6 +88,12 @@ def _read(path: Path) -> dict[int, Row]:
             raise EgjaxError("not JSON", where=where, remedy=error.msg) from None
         if not isinstance(row, dict) or not isinstance(row.get("plan"), str | list):
             raise EgjaxError("no plan", where=where, remedy='{"task": NAME, "plan": TEXT}')
+        for name in ("task", "scene", "model"):
+            if not isinstance(row.get(name), str | None):
+                raise EgjaxError(f"{name!r} is no text", where=where)
+        goals = row.get("goals", [])
+        if not isinstance(goals, str | list) or not all(isinstance(g, str) for g in goals):
+            raise EgjaxError("'goals' is no text or list of texts", where=where)
         if bool(row.get("task")) == bool(row.get("scene")):
             raise EgjaxError("either 'task', or 'scene' and 'goals'", where=where)
         rows[number] = row
@@ -116,8 +123,13 @@ def _task(row: Row, known: dict[str, HouseTask], *, where: str) -> HouseTask:
 def _judged(tasks: Sequence[HouseTask], rows: Sequence[Row], path: Path) -> list[Verdict]:
     """One verdict a row."""
     distinct = list({id(task): task for task in tasks}.values())
-    by_task = dict(zip(map(id, distinct), assignments(distinct), strict=True))
     plans = [_plan(row["plan"]) for row in rows]
+    # What is put somewhere else takes two new edges.
+    longest = max(
+        p.count(".") + p.count("\n") + 1 if isinstance(p, str) else len(p) for p, _ in plans
+    )
+    sized = assignments(distinct, added=max(24, round_up(2 * longest, 8)))
+    by_task = dict(zip(map(id, distinct), sized, strict=True))
     with progress(path.name, len(rows)) as update:
         found = judge(
             [by_task[id(task)] for task in tasks],
@@ -187,7 +199,7 @@ def _figures(records: Sequence[Row], tasks: Sequence[HouseTask], seed: int) -> l
         chosen = [k for k, r in enumerate(records) if model is None or r.get("model") == model]
         clusters = [id(tasks[k]) for k in chosen]
         for name in ("success", "executable", "parsed"):
-            values = [float(records[k][name]) for k in chosen]
+            values = np.array([records[k][name] for k in chosen], bool)
             label = name if model is None else f"{name}/{model}"
             figures.append(measure(label, values, "fraction", seed=seed, clusters=clusters))
         shares = [records[k]["goals_held"] / records[k]["goals_total"] for k in chosen]

@@ -19,11 +19,19 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, check_range
 from egjax.evals.intervals import Figure
 from egjax.evals.manifest import write_atomic
 from experiments.common import Done, Stage, emit, open_run, run_main
-from experiments.data import SPLITS, HouseTask, dataset_name, each, make_task, split_tasks
+from experiments.data import (
+    SPLITS,
+    HouseTask,
+    content,
+    dataset_name,
+    each,
+    make_task,
+    split_tasks,
+)
 
 __all__ = ["Config", "stage"]
 
@@ -53,8 +61,13 @@ class Config:
 
 def stage(config: Config) -> Done:
     """Writes `tasks.json`."""
-    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "json")}
-    inputs["data"] = dataset_name(config.robothow)
+    for name in ("unseen_share", "seen_share"):
+        check_range(getattr(config, name), "[0, 1]", where=f"--{name.replace('_', '-')}")
+    for name in ("train", "held_out"):
+        check_range(getattr(config, name), "[0, inf)", where=f"--{name.replace('_', '-')}")
+    inputs = {k: v for k, v in vars(config).items() if k not in ("run", "json", "robothow")}
+    # By content, wherever it lies.
+    inputs |= {"data": dataset_name(config.robothow), "content": content(config.robothow)}
     return Stage(config.run, "tasks", inputs).run(lambda out: _work(config, out))
 
 
@@ -78,6 +91,8 @@ def _work(config: Config, out: Path) -> None:
         seen_share=config.seen_share,
     )
     kept = _limit(split, config)
+    if not any(task.split == "train" for task in kept):
+        raise EgjaxError("no task is left to train on", remedy="hold out a smaller share")
     record = {
         "dataset": dataset_name(config.robothow),
         "goals": config.goals,

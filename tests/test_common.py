@@ -113,7 +113,7 @@ def test_help_is_the_docstring_and_starts_nothing(script):
     assert "--json" in out
 
 
-@pytest.mark.parametrize("argument", ["--sed=1", "--seed=many"])
+@pytest.mark.parametrize("argument", ["--sed=1", "--seed=many", "--seed=-1", f"--seed={2**70}"])
 def test_unknown_options_and_values_leave_with_2(tmp_path, argument, capsys):
     assert leave(lambda config: 0, tmp_path, argument) == 2
 
@@ -478,8 +478,18 @@ def test_finished_finds_what_an_earlier_command_left(tmp_path):
     done = common.Stage(tmp_path, "text", {"seed": 0}).run(Work())
     found = common.finished(tmp_path, "text", made_by="text")
     assert (found.path, found.fingerprint, found.kept) == (done.path, done.fingerprint, True)
+    assert common.finished_at(found).endswith("Z")
     (done.path / "out.txt").unlink()
     with pytest.raises(EgjaxError, match="no finished stage"):
+        common.finished(tmp_path, "text", made_by="text")
+
+
+def test_stages_of_different_tasks_are_not_put_together(tmp_path):
+    tasks = common.Stage(tmp_path, "tasks", {"seed": 0}).run(Work())
+    common.Stage(tmp_path, "text", {"tasks": tasks.fingerprint}).run(Work())
+    assert common.finished(tmp_path, "text", made_by="text")
+    common.Stage(tmp_path, "tasks", {"seed": 1}).run(Work())
+    with pytest.raises(EgjaxError, match="'text' was made from another stage 'tasks'"):
         common.finished(tmp_path, "text", made_by="text")
 
 

@@ -11,19 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 from egjax.errors import EgjaxError
 from egjax.files import is_remote
 
-__all__ = ["Hardware", "Manifest", "StageTime", "describe", "timed", "write_atomic"]
+__all__ = ["Hardware", "Manifest", "StageTime", "began", "describe", "timed", "write_atomic"]
 
 _PACKAGES = (
     "egjax", "jax", "jaxlib", "flax", "optax", "numpy", "mctx", "transformers", "tokenizers",
     "orbax-checkpoint", "tensorflow-datasets", "grain", "rouge-score",
 )  # fmt: skip
+_BEGAN = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +103,17 @@ def describe(*, seeds: Sequence[int], command: str | None = None) -> Manifest:
         command=command or _command(),
         commit=commit,
         dirty=bool(changed) if commit and changed is not None else None,
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        started=began(),
         seeds=tuple(seeds),
         python=platform.python_version(),
         versions=dict(_versions()),
         hardware=_hardware(),
     )
+
+
+def began() -> str:
+    """When this process began to import this module, UTC, ISO 8601."""
+    return _BEGAN
 
 
 @contextmanager
@@ -147,7 +153,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             remedy="free some space or name another folder; what was there before is unchanged",
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error counts
+            partial.unlink(missing_ok=True)
 
 
 def _put(path: Path, data: bytes) -> None:

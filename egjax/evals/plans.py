@@ -105,7 +105,7 @@ def judge(
 
     A name means the object that is held, else CLOSE, else in the character's room, else of lowest
     id, in the state in which its step is tried. A plan ends at its first refusal; what cannot be
-    read or found is a refusal, too.
+    read or found is a refusal, too, and so is a step whose edges find no room in the state.
 
     Args:
         assignments: n tasks; the same task may occur many times.
@@ -230,9 +230,11 @@ def _judge_batch(
         )
         for i in sorted(running):
             code, sentence = int(codes[i]), plans[i][number]
+            full = code == 0 and bool(state.overflow[i])
             why = _told(int(actions[i, 0]), code, sentence.line) if code else ""
-            records[i].append(PlanStep(sentence.text, code == 0, why))
-            if code:
+            why = "more was moved than the state has room for" if full else why
+            records[i].append(PlanStep(sentence.text, not why, why))
+            if why:
                 running.discard(i)
     held = np.asarray(_satisfied_all(device_scene, state, goal))
     return [

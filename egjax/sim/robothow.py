@@ -7,8 +7,10 @@ Layout: `executable_programs/<scene>/<source>/<name>.txt` (title, description, t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,8 @@ class Program:
     """A human program: what the activity is called, how a person did it, and where.
 
     Attributes:
-        name: file name without suffix, e.g. `file710_2`.
+        name: file name without suffix, e.g. `file710_2`; `<scene>/<source>/file710_2` where a
+            folder has several of that name.
         title: the activity, e.g. "Set up table".
         description: a person's words.
         script: the steps.
@@ -71,10 +74,14 @@ def load_program(script: Path, graphs: Path) -> Program:
         EgjaxError: a missing or malformed file, with file, line and remedy.
     """
     try:
-        text = script.read_text(encoding="utf-8")
+        text = script.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EgjaxError("cannot read the program", where=str(script), remedy=str(error)) from None
     lines = text.splitlines()
+    if not lines or not lines[0].strip() or lines[0].lstrip().startswith("["):
+        raise EgjaxError(
+            "a program without a title", where=f"{script}:1", remedy="the activity's name"
+        )
     steps = parse_script(text, where=str(script))
     if not steps:
         raise EgjaxError(
@@ -99,7 +106,7 @@ def load_pair(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         EgjaxError: a missing or malformed file.
     """
     try:
-        pair = json.loads(path.read_text(encoding="utf-8"))
+        pair = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise EgjaxError("the program has no graph file", where=str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -135,15 +142,27 @@ def each_program(folder: str | Path, names: Sequence[str] | None = None) -> Iter
             where=str(root),
             remedy=f"expected {_SCRIPTS}/<scene>/<source>/<name>.txt beside {_GRAPHS}/",
         )
-    if names is not None:
-        by_name = {path.stem: path for path in files}
-        missing = [name for name in names if name not in by_name]
-        if missing:
-            raise EgjaxError(f"no program {missing[0]!r}", where=str(root))
-        files = [by_name[name] for name in names]
-    for path in files:
+    stems = Counter(path.stem for path in files)
+    by_name = {
+        path.stem if stems[path.stem] == 1 else _long_name(path, root): path for path in files
+    }
+    missing = [name for name in names or () if name not in by_name]
+    if missing:
+        several = [name for name in by_name if name.endswith(f"/{missing[0]}")]
+        raise EgjaxError(
+            f"no program {missing[0]!r}",
+            where=str(root),
+            remedy=f"there are {', '.join(several)}" if several else None,
+        )
+    for name in names if names is not None else by_name:
+        path = by_name[name]
         graph = root / _GRAPHS / path.parent.parent.name / path.parent.name / f"{path.stem}.json"
-        yield load_program(path, graph)
+        yield dataclasses.replace(load_program(path, graph), name=name)
+
+
+def _long_name(path: Path, root: Path) -> str:
+    """`<scene>/<source>/<name>`, of programs whose file names occur several times."""
+    return str(path.relative_to(root / _SCRIPTS).with_suffix(""))
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -153,8 +172,8 @@ def read_names(path: str | Path) -> list[str]:
         EgjaxError: no such file, or no name in it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise EgjaxError("cannot read the task list", where=str(path), remedy=str(error)) from None
     names = [name for line in text.splitlines() for name in line.split("#")[0].split()]
     if not names:

@@ -74,7 +74,7 @@ def parse_line(text: str, *, where: str = "script") -> Line:
 
 
 def parse_script(text: str, *, where: str = "script") -> list[Line]:
-    """Reads the `[` lines of a RobotHow program; title and description are skipped.
+    """Reads the `[` lines of a RobotHow program; title and description before them are skipped.
 
     Raises:
         EgjaxError: with the line number of the first bad line.
@@ -82,7 +82,7 @@ def parse_script(text: str, *, where: str = "script") -> list[Line]:
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
-        if line.startswith("["):
+        if line.startswith("[") or (lines and line):  # no step is lost without a word
             lines.append(parse_line(line, where=f"{where}:{number}"))
     return lines
 

@@ -106,6 +106,38 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
     assert figure["low"] < 0.5 < figure["high"]
 
 
+def test_a_plan_may_move_many_things(tmp_path):
+    def node(id, name, *properties, category="Objects", states=()):
+        return {"id": id, "class_name": name, "category": category,
+                "properties": list(properties), "states": list(states)}  # fmt: skip
+
+    cups = range(10, 24)
+    nodes = [
+        node(1, "character", category="Characters"),
+        node(2, "kitchen", category="Rooms"),
+        node(3, "fridge", "CAN_OPEN", "CONTAINERS", states=["OPEN"]),
+        node(4, "bedroom", category="Rooms"),
+        node(5, "door", "CAN_OPEN", states=["OPEN"]),
+        *(node(i, "cup", "GRABBABLE", "MOVABLE") for i in cups),
+    ]
+    pairs = [(i, "INSIDE", 2) for i in (1, 3, 5, *cups)]
+    pairs += [(5, "BETWEEN", 2), (5, "BETWEEN", 4)]
+    edges = [{"from_id": a, "relation_type": r, "to_id": b} for a, r, b in pairs]
+    home, path = tmp_path / "home.json", tmp_path / "plans.jsonl"
+    home.write_text(json.dumps({"nodes": nodes, "edges": edges}))
+    steps = [
+        f"[{verb}] <cup> ({i})" + (" <fridge> (3)" if verb == "PUTIN" else "")
+        if verb != "NEAR" else "[WALK] <fridge> (3)"
+        for i in cups for verb in ("WALK", "GRAB", "NEAR", "PUTIN")
+    ]  # fmt: skip
+    row = {"scene": str(home), "goals": ["INSIDE(cup, fridge)"], "plan": steps}
+    path.write_text(json.dumps(row))
+    score.main(score.Config(path, out=tmp_path / "out.jsonl", json=True))
+    found = json.loads((tmp_path / "out.jsonl").read_text())
+    assert found["success"], found["reason"]
+    assert sum(step["accepted"] for step in found["steps"]) == 4 * len(cups)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -113,6 +145,9 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
         ('{"plan": "Sing."}', "either 'task', or 'scene' and 'goals'"),
         ("{", "plans.jsonl:1: not JSON"),
         ("", "no plans"),
+        ('{"task": ["a"], "plan": "x"}', "'task' is no text"),
+        ('{"scene": "cottage", "goals": [5], "plan": "x"}', "'goals' is no text"),
+        ('{"scene": "cottage", "model": ["m"], "plan": "x"}', "'model' is no text"),
         ('{"scene": "cottage", "goals": ["OPEN(fride)"], "plan": "x"}', "did you mean fridge"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -79,7 +80,7 @@ def _folder(root: Path, program, script: str, pair: str | None) -> Path:
     for part in ("executable_programs", "init_and_final_graphs"):
         (root / part / "Home" / "made").mkdir(parents=True)
     text = f"{program.title}\n{program.description}\n\n{script}\n"
-    (root / "executable_programs/Home/made/one.txt").write_text(text)
+    (root / "executable_programs/Home/made/one.txt").write_text(text, encoding="utf-8-sig")
     if pair is not None:
         (root / "init_and_final_graphs/Home/made/one.json").write_text(pair)
     return root
@@ -100,6 +101,7 @@ def test_a_folder_of_ones_own_round_trips(tmp_path, homes):
     [
         ("[FLY] <cup> (1)", "{}", r"one\.txt:4: unknown verb 'FLY'"),
         ("", "{}", r"one\.txt: a program without steps"),
+        ("[WALK] <bed> (1)\nWALK <bed>", "{}", r"one\.txt:5: not a script line"),
         ("[WALK] <bed> (1)", None, r"one\.json: the program has no graph file"),
         ("[WALK] <bed> (1)", "{\n]", r"one\.json:2: not JSON"),
         ("[WALK] <bed> (1)", "{}", r"one\.json: expected 'init_graph'"),
@@ -108,6 +110,27 @@ def test_a_folder_of_ones_own_round_trips(tmp_path, homes):
 def test_a_bad_folder_is_told_with_file_and_line(tmp_path, homes, script, pair, message):
     root = _folder(tmp_path, homes[0][0], script, pair)
     with pytest.raises(EgjaxError, match=message):
+        load_programs(root)
+
+
+def test_programs_of_one_name_in_two_scenes_are_two(tmp_path, homes):
+    program = homes[0][0]
+    pair = json.dumps({"init_graph": program.init, "final_graph": program.final})
+    root = _folder(tmp_path, program, to_script(program.script), pair)
+    for part in ("executable_programs", "init_and_final_graphs"):
+        shutil.copytree(root / part / "Home", root / part / "Other")
+    names = ["Home/made/one", "Other/made/one"]
+    assert [p.name for p in load_programs(root)] == names
+    assert [p.scene for p in load_programs(root, names[::-1])] == ["Other", "Home"]
+    with pytest.raises(EgjaxError, match=r"no program 'one'.*there are Home/made/one, Other"):
+        load_programs(root, ["one"])
+
+
+def test_a_program_without_a_title_is_told(tmp_path, homes):
+    root = _folder(tmp_path, homes[0][0], "[WALK] <bed> (1)", "{}")
+    script = root / "executable_programs/Home/made/one.txt"
+    script.write_text("[WALK] <bed> (1)\n")
+    with pytest.raises(EgjaxError, match=r"one\.txt:1: a program without a title"):
         load_programs(root)
 
 
