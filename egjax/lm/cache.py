@@ -95,7 +95,8 @@ def write(
 def put_segments(cache: Cache, segment_ids: Array) -> Array:
     """`cache.segment_ids` with those of T new tokens [B, T] behind the slots in use."""
     if not cache.used.ndim:
-        return jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
+        start = jnp.zeros_like(cache.used), cache.used
+        return jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
     return jax.vmap(jax.lax.dynamic_update_slice)(
         cache.segment_ids, segment_ids, cache.used[:, None]
     )
@@ -116,8 +117,11 @@ def _put(
 def _overwritten(store: Array, at: tuple[Array | int, ...], new: Array, used: Array) -> Array:
     """An array [..., B, kv_heads, S, head_dim] with new tokens at an index of its first axes."""
     lead = (None,) * len(at)
+    # Of one type: with 64-bit numbers plain ones and those of a loop would be of two.
+    at = tuple(jnp.asarray(i, used.dtype) for i in at)
+    zero = jnp.zeros((), used.dtype)
     if not used.ndim:
-        return jax.lax.dynamic_update_slice(store, new[lead], (*at, 0, 0, used, 0))
+        return jax.lax.dynamic_update_slice(store, new[lead], (*at, zero, zero, used, zero))
     rows, _, length, _ = new.shape
     if rows > _SLABS:
         slots = used[:, None] + jnp.arange(length)
@@ -125,5 +129,5 @@ def _overwritten(store: Array, at: tuple[Array | int, ...], new: Array, used: Ar
         return store.at[index].set(new.swapaxes(1, 2))
     for row in range(rows):
         slab = new[(*lead, slice(row, row + 1))]
-        store = jax.lax.dynamic_update_slice(store, slab, (*at, row, 0, used[row], 0))
+        store = jax.lax.dynamic_update_slice(store, slab, (*at, zero + row, zero, used[row], zero))
     return store

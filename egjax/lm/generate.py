@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from egjax.errors import EgjaxError
 from egjax.lm.cache import Cache
@@ -71,6 +72,21 @@ class Generation:
     ended: Array
 
 
+def check_ids(prompts: Sequence[Sequence[int]], bucket: int) -> None:
+    """Refuses what cannot be padded to a multiple of `bucket`.
+
+    Raises:
+        EgjaxError: there is no prompt, one is empty, an id is negative, or the bucket is below 1.
+    """
+    if bucket < 1:
+        raise EgjaxError(f"a bucket of {bucket} tokens", remedy="at least 1")
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise EgjaxError("a prompt is empty", remedy="give each prompt at least one token")
+    for row, prompt in enumerate(prompts):
+        if min(prompt) < 0:
+            raise EgjaxError(f"token {min(prompt)} is no token", where=f"prompt {row}")
+
+
 def pad_prompts(
     prompts: Sequence[Sequence[int]], *, pad_id: int, bucket: int = 64, rows: int | None = None
 ) -> Prompts:
@@ -84,10 +100,10 @@ def pad_prompts(
             there are prompts.
 
     Raises:
-        EgjaxError: there is no prompt, one is empty, or there are more than `rows`.
+        EgjaxError: there is no prompt, one is empty or has a negative id, or there are more than
+            `rows`.
     """
-    if not prompts or not all(prompts):
-        raise EgjaxError("a prompt is empty", remedy="give each prompt at least one token")
+    check_ids(prompts, bucket)
     rows = len(prompts) if rows is None else rows
     if len(prompts) > rows:
         raise EgjaxError(f"{len(prompts)} prompts for a batch of {rows} rows")
@@ -106,14 +122,21 @@ def check_settings(
     """Refuses what no decoder here can do; arguments as in `generate`.
 
     Raises:
-        EgjaxError: there is no model, the models' vocabularies differ in size, the context is too
-            short, or a setting is out of range.
+        EgjaxError: there is no model, the models' vocabularies differ in size, a prompt has a token
+            beyond them, the context is too short, or a setting is out of range.
     """
     if not models:
         raise EgjaxError("there is no model to decode")
     if max_new_tokens < 1:
         raise EgjaxError(f"{max_new_tokens} new tokens", remedy="at least 1")
     check_vocabularies({f"model {i}": config.vocab_size for i, (_, config) in enumerate(models)})
+    if not isinstance(prompts.tokens, Tracer):
+        highest = int(jnp.where(prompts.mask, prompts.tokens, 0).max())
+        if highest >= models[0][1].vocab_size:
+            raise EgjaxError(
+                f"token {highest} in a prompt, of {models[0][1].vocab_size} that the model has",
+                remedy="encode with the model's own tokenizer",
+            )
     slots = prompts.tokens.shape[1] + max_new_tokens
     for _, config in models:
         if slots > config.max_seq_len:

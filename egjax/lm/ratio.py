@@ -6,13 +6,13 @@ from functools import cache
 
 import jax
 
+from egjax.errors import check_range
 from egjax.lm.ensemble import Combine
 from egjax.losses import behaviour_ratio
 
 __all__ = ["ratio_combine"]
 
 
-@cache
 def ratio_combine(
     *, alpha: float = 1.0, clip: float | None = None, plausible: float | None = None
 ) -> Combine:
@@ -29,8 +29,17 @@ def ratio_combine(
     Returns:
         A function of the logits (large, expert, anti_expert). Equal settings give the same
         function, so a decoder that was compiled for it is used again.
-    """
 
+    Raises:
+        EgjaxError: a clip below 0 or a plausible share outside of (0, 1].
+    """
+    check_range(clip, "[0, inf)", where="clip")
+    check_range(plausible, "(0, 1]", where="plausible")
+    return _ratio_combine(alpha, clip, plausible)
+
+
+@cache
+def _ratio_combine(alpha: float, clip: float | None, plausible: float | None) -> Combine:
     def combine(logits: tuple[jax.Array, ...]) -> jax.Array:
         large, expert, anti_expert = logits
         return behaviour_ratio(

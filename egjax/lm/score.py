@@ -13,8 +13,10 @@ from flax import struct
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Combine, Models, check_vocabularies, first, read
+from egjax.lm.generate import check_ids
 from egjax.lm.lora import Pair
 from egjax.lm.params import Params
+from egjax.losses.reductions import chosen
 
 __all__ = ["Scored", "pad_answers", "score", "score_ensemble"]
 
@@ -50,10 +52,10 @@ def pad_answers(
         rows: rows of the batch, the last ones filled with padding; None for as many as pairs.
 
     Raises:
-        EgjaxError: there is no pair, a prompt is empty, or there are more pairs than rows.
+        EgjaxError: there is no pair, a prompt is empty or has a negative id, or there are more
+            pairs than rows.
     """
-    if not pairs or not all(prompt for prompt, _ in pairs):
-        raise EgjaxError("a prompt is empty", remedy="give each prompt at least one token")
+    check_ids([prompt for prompt, _ in pairs], bucket)
     rows = len(pairs) if rows is None else rows
     if len(pairs) > rows:
         raise EgjaxError(f"{len(pairs)} pairs for a batch of {rows} rows")
@@ -106,6 +108,6 @@ def _score(
 ) -> tuple[Array, Array]:
     logits = [x for p, c in zip(params, configs) for x in read(p, c, tokens[:, :-1])[0]]
     logps = jax.nn.log_softmax(combine(tuple(logits)))
-    taken = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
+    taken = chosen(logps, tokens[:, 1:])
     counted = mask[:, 1:]
     return jnp.where(counted, taken, 0.0).sum(axis=1), counted.sum(axis=1)

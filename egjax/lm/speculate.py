@@ -250,11 +250,12 @@ class _Decoder:
         logps = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
         hits, states = follow(self.stops, loop.matched, tokens)
         is_end = (tokens[..., None] == self.eos).any(-1) | hits
-        before = jnp.cumsum(is_end, axis=1) - is_end
+        ends = is_end.astype(jnp.int32)
+        before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
         kept = (jnp.arange(tokens.shape[1]) < number[:, None]) & (before == 0)
         kept &= self.going(loop)[:, None]
         kept &= loop.made[:, None] + jnp.arange(tokens.shape[1]) < self.max_new_tokens
-        new = kept.sum(axis=1)
+        new = kept.sum(axis=1, dtype=jnp.int32)
         # By place in the result, elementwise: a scatter costs the CPU a loop.
         offset = jnp.arange(loop.tokens.shape[1]) - loop.made[:, None]
         source = jnp.clip(offset, 0, tokens.shape[1] - 1)
@@ -329,7 +330,8 @@ class _Decoder:
         tokens = self.choose(logits, made)
 
         def leading(agree: Array) -> Array:
-            return jnp.cumprod(agree, axis=1).sum(axis=1)
+            whole = jnp.cumprod(agree, axis=1, dtype=jnp.int32)
+            return whole.sum(axis=1, dtype=jnp.int32)
 
         if self.rule == "coupled":
             return tokens, leading(tokens[:, :-1] == proposed)
@@ -386,7 +388,7 @@ class _Decoder:
         """Whether a round is likely to pay. The batch is as late as its last row."""
         going = self.going(loop)
         ahead = loop.made - jnp.where(going, loop.made, self.max_new_tokens).min()
-        enough = (~going | (loop.balance + ahead >= _ENOUGH)).all()
+        enough = (~going | (loop.balance + ahead.astype(jnp.float32) >= _ENOUGH)).all()
         return enough & (self.cost < self.drafts + 1)
 
     def advance(self, loop: _Loop) -> _Loop:

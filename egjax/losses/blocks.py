@@ -12,6 +12,7 @@ import jax.numpy as jnp
 __all__ = [
     "SIZES",
     "Sizes",
+    "alike_mapped",
     "beside",
     "columns_at_once",
     "cut",
@@ -98,6 +99,26 @@ def rounded(x: Array, like: Array) -> Array:
     return x.astype(rounded_to(like.dtype))
 
 
+def alike_mapped(*trees: Any) -> Any:
+    """The same, varying over the same axes of a `shard_map`.
+
+    What comes back from a backward pass has the type of what went in, e.g. of weights that all
+    devices share, and so has what a loop carries.
+    """
+
+    def varying(x: Any) -> frozenset[str]:
+        typed = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        return typed.manual_axis_type.varying if typed.manual_axis_type else frozenset()
+
+    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(trees)))
+
+    def widen(x: Any) -> Any:
+        missing = tuple(sorted(axes - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(widen, trees)
+
+
 def even(size: int, width: int) -> int:
     """At most `width`, and a divisor of `size` if there is one above half of that."""
     least = max(1, math.ceil(size / max(1, width)))
@@ -165,7 +186,9 @@ def fold(
     else:
         shapes = jax.eval_shape(lambda: block(0, width))
         shapes = shapes if late else jax.eval_shape(rows, shapes)
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, first, x.dtype), shapes)
+        nothing = jax.tree.map(
+            lambda x: alike_mapped(jnp.full(x.shape, first, x.dtype), x)[0], shapes
+        )
         total = jax.lax.fori_loop(0, count, add, nothing)
         total = rows(total) if late else total
     return jax.tree.map(join, total, rows(block(size - left, left))) if left else total

@@ -35,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from egjax.losses.blocks import Start, beside, cut, loop, rounded, sizes, split
+from egjax.losses.blocks import Start, alike_mapped, beside, cut, loop, rounded, sizes, split
 from egjax.losses.distill import Terms, forward_kl_terms, reverse_kl_terms
 from egjax.losses.heads import Head, Ratio, Targets, Teacher, TopK, allowed, device_letter, log_sum
 from egjax.losses.place import find_place, grads_of_kept, keep
@@ -94,6 +94,7 @@ def _values_and_grads(
 
     hidden = jnp.zeros((settings.rows, settings.chunks, weight.shape[axis]), student.hidden.dtype)
     total = split(jnp.zeros(weight.shape, jnp.float32), 1 - axis, settings.shards)
+    total, hidden, _ = alike_mapped(total, hidden, student)
     indices = jnp.arange(settings.chunks)
     (total, hidden), (losses, z_losses) = jax.lax.scan(chunk, (total, hidden), indices)
     total = total.reshape(weight.shape).astype(weight.dtype)
@@ -123,6 +124,7 @@ def _hidden_grads(settings: Settings, head: Head, grads: Array) -> Array:
         )
 
     zeros = jnp.zeros((head.hidden.shape[-1], grads.shape[0]), jnp.float32)
+    zeros, _ = alike_mapped(zeros, grads)
     return loop(grads.shape[-1], sizes().block // settings.shards, add, zeros).T
 
 
@@ -193,6 +195,21 @@ def _total_backward(_: Settings, kept: Any, cotangents: tuple[Array, Array]) -> 
 _total.defvjp(_total_forward, _total_backward)
 
 
+@jax.custom_jvp
+def _once(x: Array) -> Array:
+    """The same, of what may be differentiated once: bits that lie in the place of another array
+    have no derivative that JAX could find, and it would take them for constants."""
+    return x
+
+
+@_once.defjvp
+def _twice(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a chunked loss of no more tokens than the width has no second derivatives: take the plain "
+        "loss for them"
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _each(settings: Settings, student: Head, teacher: Teacher, rest: Any) -> tuple[Array, Array]:
     """Losses float32[N], of which no gradient is asked, and the same with z-losses."""
@@ -204,6 +221,8 @@ def _each_forward(
     settings: Settings, student: Head, teacher: Teacher, rest: Any
 ) -> tuple[tuple[Array, Array], Any]:
     place = find_place(settings, student, teacher)
+    if place is not None:
+        student = jax.tree.map(_once, student)
     if place is None:
         losses, z_losses = _values(settings, student, teacher, rest)
         return (losses, losses + z_losses), (student, None, (teacher, rest))
@@ -286,7 +305,8 @@ def chunked_loss(
 
     For what is a weighted sum over tokens: distillation with `egjax.losses.distill`'s terms, SFT
     with `terms=forward_kl_terms` and `Targets` (weights: task weight times mask), the KL to the
-    initial policy. Differentiable by the student's head and `weights`.
+    initial policy. Differentiable by the student's head and `weights`; once, where there are no
+    more tokens than the width.
 
     Args:
         student: hidden states [..., D] and their unembedding.
@@ -314,6 +334,9 @@ def chunked_loss(
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
     weights = jnp.broadcast_to(weights, shape).reshape(-1).astype(jnp.float32)
     weights = jnp.where(_strange(teacher, student) & (weights != 0), jnp.nan, weights)
+    if not settings.count:
+        return jnp.zeros(()), jnp.zeros(shape)
+    student, teacher, rest, weights = alike_mapped(student, teacher, rest, weights)
     results: Any
     if find_place(settings, student, teacher) is not None:
         results = _each(settings, student, teacher, rest)
@@ -386,6 +409,9 @@ def chunked_token_losses(
     """
     settings, student, teacher, shape = _flat(student, teacher, terms, tokens, vocab_shards)
     rest = (jnp.asarray(temperature, jnp.float32), vocab_mask)
+    if not settings.count:
+        return jnp.zeros(shape)
+    student, teacher, rest = alike_mapped(student, teacher, rest)
     values: Any = _each(settings, student, teacher, rest)
     return jnp.where(_strange(teacher, student), jnp.nan, values[1]).reshape(shape)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from egjax.losses.blocks import (
     Start,
+    alike_mapped,
     columns_at_once,
     cut,
     even,
@@ -201,7 +202,7 @@ def _teach(
         return kept, [_grown(s, allowed(x, here, -jnp.inf)) for s, x in zip(sums, logits)]
 
     rows = teacher.large.hidden.shape[0]
-    nothing = jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+    nothing, _ = alike_mapped((jnp.full(rows, -jnp.inf), jnp.zeros(rows)), kept)
     kept, sums = loop(vocabulary, columns, parts, (kept, [nothing] * 3))
     best = sums[0][0]
     expert, anti_expert = (highest + jnp.log(total) for highest, total in sums[1:])
@@ -298,7 +299,8 @@ def keep(
         return loop(tokens, rows, chunk, (kept, values))
 
     zeros = jnp.zeros((2, settings.count), jnp.float32)
-    kept, values = loop(settings.count, place.piece, piece, (place.empty(), zeros))
+    empty, zeros, _ = alike_mapped(place.empty(), zeros, student)
+    kept, values = loop(settings.count, place.piece, piece, (empty, zeros))
     return (values[0], values[1]), kept
 
 
@@ -324,6 +326,7 @@ def grads_of_kept(settings: Settings, student: Head, kept: Array, weights: Array
         return place.put(kept, part, start), hidden
 
     zeros = jnp.zeros(student.hidden.shape, jnp.float32)
+    zeros, _ = alike_mapped(zeros, kept)
     # Elsewhere half as many as before: a block of the matrix and one of its gradient.
     columns = columns_at_once(student.unembedding) // (1 if on_cpu else 2)
     kept, hidden = loop(settings.vocabulary, columns, block, (kept, zeros))

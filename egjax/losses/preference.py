@@ -1,8 +1,8 @@
 """Preference losses over the summed log-probabilities of a chosen and a rejected completion.
 
-Each takes float arrays of one shape [...] (nats, see `sequence_logps`) and returns the loss per
-pair and its metrics. `β` is called beta, `h` below is the log-ratio
-`(log π(y⁺) - log π₀(y⁺)) - (log π(y⁻) - log π₀(y⁻))`. References are stopped inside.
+Each takes float arrays of one shape [...] (nats, see `sequence_logps`; other shapes are a
+ValueError) and returns the loss per pair and its metrics. `β` is called beta, `h` below is the
+log-ratio `(log π(y⁺) - log π₀(y⁺)) - (log π(y⁻) - log π₀(y⁻))`. References are stopped inside.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from egjax.losses.distill import reverse_kl
+from egjax.losses.reductions import same_shapes
 
 __all__ = [
     "Metrics",
@@ -50,6 +51,7 @@ class Metrics(NamedTuple):
 
 
 def _metrics(chosen: Array, rejected: Array, margin: Array) -> Metrics:
+    same_shapes(chosen=jnp.shape(chosen), rejected=jnp.shape(rejected))
     chosen, rejected, margin = jax.lax.stop_gradient((_f32(chosen), _f32(rejected), margin))
     return Metrics(chosen, rejected, margin, (margin > 0).astype(jnp.float32))
 
@@ -63,6 +65,12 @@ def _log_ratio(policy: Array, ref: Array) -> Array:
 
 
 def _difference(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array) -> Array:
+    same_shapes(
+        chosen=jnp.shape(chosen),
+        rejected=jnp.shape(rejected),
+        ref_chosen=jnp.shape(ref_chosen),
+        ref_rejected=jnp.shape(ref_rejected),
+    )
     return _log_ratio(chosen, ref_chosen) - _log_ratio(rejected, ref_rejected)
 
 

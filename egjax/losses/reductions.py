@@ -5,7 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["finite", "masked_log_softmax", "masked_mean", "sequence_logps", "token_logps"]
+__all__ = [
+    "chosen",
+    "finite",
+    "masked_log_softmax",
+    "masked_mean",
+    "same_shapes",
+    "sequence_logps",
+    "token_logps",
+]
 
 Array = jax.Array
 
@@ -38,6 +46,24 @@ def finite(logps: Array) -> Array:
     return jnp.where(logps == -jnp.inf, NEVER, logps)
 
 
+def chosen(logps: Array, targets: Array) -> Array:
+    """Entries [...] of log-probabilities [..., V] at targets int[...]; NaN where a target is no
+    token. Negative ones would count from the end else, and be learnt."""
+    targets = jnp.where(targets < 0, logps.shape[-1], targets)
+    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+
+
+def same_shapes(**shapes: tuple[int, ...]) -> None:
+    """Refuses arrays that would be broadcast against each other; single numbers go with all.
+
+    Raises:
+        ValueError: two shapes differ.
+    """
+    shapes = {name: shape for name, shape in shapes.items() if shape}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"different shapes: {', '.join(f'{k} {s}' for k, s in shapes.items())}")
+
+
 @jax.jit
 def token_logps(logits: Array, targets: Array, vocab_mask: Array | None = None) -> Array:
     """Log-probability of each target token.
@@ -49,10 +75,13 @@ def token_logps(logits: Array, targets: Array, vocab_mask: Array | None = None) 
 
     Returns:
         float32[...], `log softmax(logits)[target]`; finite also where that logit is -inf, by which
-        some models mark their padded columns.
+        some models mark their padded columns; NaN where a target is no token.
+
+    Raises:
+        ValueError: logits and targets do not fit.
     """
-    logps = masked_log_softmax(logits, vocab_mask)
-    return finite(jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0])
+    same_shapes(logits=logits.shape[:-1], targets=targets.shape)
+    return finite(chosen(masked_log_softmax(logits, vocab_mask), targets))
 
 
 @jax.jit
@@ -87,4 +116,4 @@ def masked_mean(values: Array, mask: Array) -> Array:
     """
     mask = jnp.broadcast_to(mask, values.shape)
     total = jnp.where(mask, values, 0.0).sum(dtype=jnp.float32)
-    return total / jnp.maximum(mask.sum(), 1)
+    return total / jnp.maximum(mask.sum(), 1).astype(jnp.float32)

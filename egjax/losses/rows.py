@@ -38,7 +38,7 @@ class Settings:
         self.terms, self.count, self.vocabulary = terms, count, vocabulary
         self.shards, self.z_loss = shards, z_loss
         # Chunks that divide the tokens spare a padded copy of the hidden states.
-        self.rows = even(count, tokens)
+        self.rows = even(max(count, 1), tokens)
         self.chunks = math.ceil(count / self.rows)
 
     def pick(self, index: Array) -> Pick:

@@ -16,6 +16,7 @@ from egjax.lm.generate import (
 )
 from egjax.lm.model import forward
 from egjax.lm.ratio import ratio_combine
+from egjax.lm.speculate import speculate
 from egjax.losses import behaviour_ratio
 
 KEY = jax.random.key(0)
@@ -207,3 +208,38 @@ def test_bad_settings_are_refused(model):
         pad_prompts([[1], []], pad_id=0)
     with pytest.raises(EgjaxError, match="2 prompts for a batch of 1"):
         pad_prompts([[1], [2]], pad_id=0, rows=1)
+
+
+def test_what_cannot_be_padded_is_told():
+    same = pad_prompts(np.array([[5, 6], [7, 8]]), pad_id=0, bucket=4)
+    assert same.tokens.tolist() == pad_prompts([[5, 6], [7, 8]], pad_id=0, bucket=4).tokens.tolist()
+    with pytest.raises(EgjaxError, match=r"prompt 1: token -1 is no token"):
+        pad_prompts([[5], [6, -1]], pad_id=0)
+    with pytest.raises(EgjaxError, match="a bucket of 0 tokens"):
+        pad_prompts([[5]], pad_id=0, bucket=0)
+    with pytest.raises(EgjaxError, match="a prompt is empty"):
+        pad_prompts([[5], np.array([], int)], pad_id=0)
+
+
+def test_a_token_that_the_model_lacks_is_told(model):
+    prompts = pad_prompts([[3, model[1].vocab_size]], pad_id=0, bucket=8)
+    with pytest.raises(EgjaxError, match=f"token {model[1].vocab_size} in a prompt"):
+        generate([model], prompts, KEY, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("options", [{"clip": -1.0}, {"plausible": 2.0}, {"plausible": 0.0}])
+def test_a_ratio_that_means_nothing_is_refused(options):
+    with pytest.raises(EgjaxError, match=next(iter(options))):
+        ratio_combine(**options)
+
+
+def test_64_bit_numbers_change_nothing(model):
+    prompts = pad_prompts(PROMPTS, pad_id=0, bucket=8)
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    plain = generate([model], prompts, KEY, **options)
+    drafted = speculate([model, model], prompts, KEY, draft=1, combine=first, **options)
+    with jax.enable_x64(True):
+        wide = generate([model], prompts, KEY, **options)
+        both = speculate([model, model], prompts, KEY, draft=1, combine=first, **options)
+    assert wide.tokens.tolist() == plain.tokens.tolist()
+    assert both.generation.tokens.tolist() == drafted.generation.tokens.tolist()
