@@ -13,8 +13,8 @@ finished stages are kept; `--fresh` starts over.
 tokenizer). No pretraining: the small one is fine-tuned at 2,048 packed tokens a row, the large one
 is steered by π̄ as it decodes, and stays as it is: its own training (distillation, DPO) is left out,
 for weights, moments and gradients in float32 alone take 120 GiB. Memory for these two, by formula:
-27.5 GiB for SFT and 29.3 for evaluation; with `--int8 --master bfloat16 --rows 4` 14.7 and 18.0,
-with `--rows 1` 13.8 and 14.3. `--memory` prints it for any two folders (config.json and tokenizer
+31.3 GiB for SFT and 29.3 for evaluation; with `--int8 --master bfloat16 --rows 4` 16.8 and 18.0,
+with `--rows 1` 15.3 and 14.3. `--memory` prints it for any two folders (config.json and tokenizer
 suffice). A device that gives less is refused before anything runs; JAX takes three quarters of a
 GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import tyro
 
+from egjax.errors import check_range
 from egjax.lm.config import LlamaConfig
 from egjax.lm.lora import LoraConfig
 from egjax.lm.tokenizer import Tokenizer
@@ -69,6 +70,9 @@ class Config:
     log_to: LogTo = ()
     """Write the log to these, too."""
     json: Annotated[bool, tyro.conf.arg(help="print figures as JSON lines")] = False
+
+    def __post_init__(self):
+        check_range(self.z_loss, "[0, inf)", where="--z-loss")
 
 
 def sample_table(text: Done, config: LlamaConfig, length: int, weights: Weights) -> TokenBatch:

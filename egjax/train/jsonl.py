@@ -140,13 +140,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of the lines that are not blank."""
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield number, text
     except UnicodeDecodeError as error:
         raise EgjaxError(
-            f"not UTF-8 after line {number}: {error.reason}", where=str(path), remedy="convert it"
+            f"not UTF-8: {error.reason}", where=f"{path}:{number}", remedy="convert it"
         ) from error
     except OSError as error:
         raise EgjaxError(f"cannot be read: {error.strerror}", where=str(path)) from error

@@ -222,5 +222,9 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer, config):
         (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(EgjaxError, match=said):
             read_pairs(tmp_path / "x.jsonl", tokenizer, PLAIN, config)
+    good = b'{"text": "a"}\n' * 3000
+    (tmp_path / "x.jsonl").write_bytes(good + b'{"text": "caf\xe9"}\n' + good)
+    with pytest.raises(EgjaxError, match=r"x\.jsonl:3001: not UTF-8"):
+        read_samples(tmp_path / "x.jsonl", tokenizer, PLAIN, config)
     with pytest.raises(EgjaxError, match=r"no\.jsonl: cannot be read"):
         read_samples(tmp_path / "no.jsonl", tokenizer, PLAIN, config)
