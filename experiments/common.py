@@ -33,7 +33,7 @@ import egjax
 from egjax import hosts
 from egjax.errors import EgjaxError, check_range, require
 from egjax.evals.intervals import Figure
-from egjax.evals.manifest import describe, write_atomic
+from egjax.evals.manifest import describe, revision, write_atomic
 from egjax.files import (
     as_path,
     check_reach,
@@ -60,10 +60,10 @@ __all__ = [
     "file_fingerprint",
     "fingerprint",
     "finished",
-    "finished_at",
     "inputs_of",
     "note",
     "open_run",
+    "provenance",
     "run_main",
     "save_then_stop",
     "source_fingerprint",
@@ -443,10 +443,9 @@ def _figure_text(figure: Figure) -> str:
 def _machine_line() -> str:
     """Versions and hardware in a line; starts JAX's backend."""
     here = describe(seeds=())
-    code = (here.commit or "")[:12] + ("+" if here.dirty else "")
     first, *more = here.hardware.devices
     parts = (
-        f"egjax {egjax.__version__} {code}".rstrip(),
+        f"egjax {egjax.__version__} {revision(length=12)}".rstrip(),
         f"jax {here.versions['jax']} on {first}" + (f" and {len(more)} more" if more else ""),
         f"{here.hardware.cores} cores, {here.hardware.memory:.0f} GiB",
         f"Python {here.python}",
@@ -700,11 +699,11 @@ class Stage:
         name = self.fingerprint
         alone = self.by == "self"
         plan = json.dumps(self._begin(name)) if alone or _writer() else ""
-        kept, before = json.loads(plan if alone else hosts.agree(f"stage {self.name}", plan))
+        kept, record = json.loads(plan if alone else hosts.agree(f"stage {self.name}", plan))
+        before = record["seconds"]
         if kept:
             return Done(self.path, name, before, kept=True)
         begin = time.monotonic()
-        record = {"fingerprint": name, "inputs": _plain(self.inputs), "seconds": before}
         try:
             if self.by != "first" or _writer():
                 work(self.unfinished)
@@ -724,20 +723,25 @@ class Stage:
             hosts.barrier(f"the outputs of stage {self.name}")
         return Done(self.path, name, record["seconds"], kept=False)
 
-    def _begin(self, name: str) -> tuple[bool, float]:
-        """Whether the stage is done already, and the seconds that went into it so far."""
+    def _begin(self, name: str) -> tuple[bool, dict[str, Any]]:
+        """Whether the stage is done already, and its record."""
         if self._complete(self.unfinished, name):  # stopped just before the last step
             self._publish()
         if self._complete(self.path, name):
-            seconds = _read_json(self.path / _RECORD)["seconds"]
-            note(f"{self.name}: kept from an earlier run ({seconds:.1f} s)")
-            return True, seconds
+            record = _read_json(self.path / _RECORD)
+            note(f"{self.name}: kept from an earlier run ({record['seconds']:.1f} s)")
+            return True, record
         self._tell_why(name)
-        before = self._attempt(name)
+        before, code = self._attempt(name)
         note(f"{self.name}: goes on after {before:.1f} s" if before else f"{self.name}: starts")
-        record = {"fingerprint": name, "inputs": _plain(self.inputs), "seconds": before}
+        record = {
+            "fingerprint": name,
+            "inputs": _plain(self.inputs),
+            "seconds": before,
+            "code": [*dict.fromkeys([*code, revision()])],
+        }
         self._mark(record)
-        return False, before
+        return False, record
 
     def _tell_why(self, name: str) -> None:
         """Says why a stage that was finished is done again."""
@@ -750,12 +754,12 @@ class Stage:
             changes = list(_changes(record.get("inputs", {}), _plain(self.inputs)))
         note(f"{self.name}: is done again, then replaced: {_told(changes)}")
 
-    def _attempt(self, name: str) -> float:
-        """Makes `unfinished` ready; seconds that went into what is found there."""
+    def _attempt(self, name: str) -> tuple[float, list[str]]:
+        """Makes `unfinished` ready; seconds and revisions that went into what is found there."""
         record = _read_json(self.unfinished / _RECORD)
         same = record.get("fingerprint") == name
         if same and "finished" not in record:
-            return float(record["seconds"])
+            return float(record["seconds"]), record.get("code", [])
         if not same and self.unfinished.is_dir():
             changes = _told([*_changes(record.get("inputs", {}), _plain(self.inputs))])
             if _trained(self.unfinished):
@@ -767,7 +771,7 @@ class Stage:
             note(f"{self.name}: an unfinished attempt is deleted: {changes}")
         delete(self.unfinished)
         make_folder(self.unfinished)
-        return 0.0
+        return 0.0, []
 
     def _complete(self, path: Path, name: str) -> bool:
         record = _read_json(path / _RECORD)
@@ -927,6 +931,7 @@ def finished(run_dir: Path, name: str, *, made_by: str) -> Done:
     return Done(run_dir / name, record["fingerprint"], record["seconds"], kept=True)
 
 
-def finished_at(done: Done) -> str:
-    """When a stage was finished, UTC, ISO 8601."""
-    return _read_json(done.path / _RECORD)["finished"]
+def provenance(done: Done) -> tuple[str, tuple[str, ...]]:
+    """When a stage was finished (UTC, ISO 8601), and by which revisions of the code."""
+    record = _read_json(done.path / _RECORD)
+    return record["finished"], tuple(record.get("code", ()))

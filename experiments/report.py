@@ -43,7 +43,7 @@ from egjax.evals.results import (
     TrainingCurve,
 )
 from egjax.evals.table import print_summary
-from experiments.common import emit, finished, finished_at, note, open_run, run_main
+from experiments.common import emit, finished, note, open_run, provenance, run_main
 from experiments.evaluate import COPY, HUMAN, NAMES, SEARCH
 from experiments.training import METRICS, curve
 
@@ -321,7 +321,8 @@ def _manifest(config: Config) -> Manifest:
     stages = []
     for name in names:
         done = finished(config.run, name, made_by="pipeline")
-        stages.append(StageTime(name, done.seconds, kept=finished_at(done) < began()))
+        at, code = provenance(done)
+        stages.append(StageTime(name, done.seconds, kept=at < began(), code=code))
     return dataclasses.replace(describe(seeds=config.seeds), stages=tuple(stages))
 
 

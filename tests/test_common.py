@@ -1,5 +1,6 @@
 """What every experiment script relies on: exit codes, figures, kept stages, locks."""
 
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -16,6 +17,7 @@ from fsspec.exceptions import FSTimeoutError
 
 from egjax.errors import EgjaxError
 from egjax.evals.intervals import Figure
+from egjax.evals.manifest import revision
 from egjax.train.layout import Layout
 from experiments import common
 from experiments.training import LogTo, Training
@@ -443,6 +445,21 @@ def test_a_finished_stage_is_kept_until_its_inputs_change(tmp_path, capsys):
     assert (first.path / "out.txt").exists()
 
 
+def test_a_stage_knows_all_code_that_worked_on_it(tmp_path, monkeypatch):
+    stage = common.Stage(tmp_path, "sft", {})
+    for code, work in (
+        ("a", fail(EgjaxError("stop"))),
+        ("b", fail(EgjaxError("stop"))),
+        ("b+", Work()),
+    ):
+        monkeypatch.setattr(common, "revision", lambda code=code: code)
+        with contextlib.suppress(EgjaxError):
+            done = stage.run(work)
+    assert common.provenance(done)[1] == ("a", "b", "b+")
+    monkeypatch.setattr(common, "revision", lambda: "c")
+    assert common.provenance(stage.run(Work()))[1] == ("a", "b", "b+")
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("longer")])
 def test_a_stage_whose_outputs_were_touched_is_done_again(tmp_path, damage):
     work = Work()
@@ -478,7 +495,9 @@ def test_finished_finds_what_an_earlier_command_left(tmp_path):
     done = common.Stage(tmp_path, "text", {"seed": 0}).run(Work())
     found = common.finished(tmp_path, "text", made_by="text")
     assert (found.path, found.fingerprint, found.kept) == (done.path, done.fingerprint, True)
-    assert common.finished_at(found).endswith("Z")
+    at, code = common.provenance(found)
+    assert at.endswith("Z")
+    assert code == (revision(),)
     (done.path / "out.txt").unlink()
     with pytest.raises(EgjaxError, match="no finished stage"):
         common.finished(tmp_path, "text", made_by="text")

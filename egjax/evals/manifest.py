@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from egjax.errors import EgjaxError
 from egjax.files import is_remote
 
-__all__ = ["Hardware", "Manifest", "StageTime", "began", "describe", "timed", "write_atomic"]
+__all__ = ["Hardware", "Manifest", "StageTime", "began", "describe", "revision", "write_atomic"]
 
 _PACKAGES = (
     "egjax", "jax", "jaxlib", "flax", "optax", "numpy", "mctx", "transformers", "tokenizers",
@@ -52,11 +53,13 @@ class StageTime:
         name: the stage.
         seconds: wall time when it was computed.
         kept: True if this run took it over from an earlier, interrupted one.
+        code: revisions of the code that worked on it, in order, see `revision`.
     """
 
     name: str
     seconds: float
     kept: bool = False
+    code: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Manifest:
 
     Attributes:
         command: as typed.
-        commit: git commit of the code, None outside a clone.
+        commit: git commit of the code that wrote this, None outside a clone.
         dirty: tracked files differed from that commit, None outside a clone.
         started: when it began, UTC, ISO 8601.
         seeds: every seed used.
@@ -97,12 +100,11 @@ def describe(*, seeds: Sequence[int], command: str | None = None) -> Manifest:
         seeds: every seed that the run uses.
         command: what was typed; taken from this process if it is not given.
     """
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    commit, dirty = _code(Path(__file__).parent)
     return Manifest(
         command=command or _command(),
         commit=commit,
-        dirty=bool(changed) if commit and changed is not None else None,
+        dirty=dirty,
         started=began(),
         seeds=tuple(seeds),
         python=platform.python_version(),
@@ -116,12 +118,10 @@ def began() -> str:
     return _BEGAN
 
 
-@contextmanager
-def timed(stages: list[StageTime], name: str) -> Iterator[None]:
-    """Appends the wall time of its block to `stages`; of a block that fails nothing is kept."""
-    start = time.monotonic()
-    yield
-    stages.append(StageTime(name, time.monotonic() - start))
+def revision(*, length: int = 40) -> str:
+    """Git commit of this process' code, with a + if tracked files differed; empty if unknown."""
+    commit, dirty = _code(Path(__file__).parent)
+    return (commit or "")[:length] + ("+" if dirty else "")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -175,11 +175,19 @@ def _command() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the folder of the code, None where it fails or git is not."""
+@cache  # what was loaded is the code as it was at first, whatever is committed meanwhile
+def _code(folder: Path) -> tuple[str | None, bool | None]:
+    """Commit of the clone around a folder, and whether tracked files differ from it."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit, bool(changed) if commit and changed is not None else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command there, None where it fails or git is not."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
             timeout=20,

@@ -61,6 +61,7 @@ def render(results: Results, *, light: dict[str, bytes], dark: dict[str, bytes])
         plots=plots,
         total=sum(stage.seconds for stage in results.manifest.stages),
         code=_code(results.manifest),
+        other_code=_other_code(results.manifest),
     )
 
 
@@ -119,6 +120,18 @@ def _code(manifest: Manifest) -> str:
         return "no git clone"
     changed = ", with uncommitted changes" if manifest.dirty else ""
     return f"{manifest.commit[:12]}{changed}"
+
+
+def _other_code(manifest: Manifest) -> dict[str, str]:
+    """By stage, the code that worked on it where it was not the report's own."""
+    own = ((manifest.commit or "") + ("+" if manifest.dirty else ""),)
+    return {
+        stage.name: ", ".join(
+            code[:12] + ("+" if code.endswith("+") else "") for code in stage.code
+        )
+        for stage in manifest.stages
+        if stage.code not in ((), own)
+    }
 
 
 def _short(text: str, length: int = 60) -> str:

@@ -130,8 +130,10 @@ def check_settings(
     if max_new_tokens < 1:
         raise EgjaxError(f"{max_new_tokens} new tokens", remedy="at least 1")
     check_vocabularies({f"model {i}": config.vocab_size for i, (_, config) in enumerate(models)})
-    if not isinstance(prompts.tokens, Tracer):
-        highest = int(jnp.where(prompts.mask, prompts.tokens, 0).max())
+    if not isinstance(prompts.tokens, Tracer) and not isinstance(prompts.mask, Tracer):
+        # A caller may be tracing while its prompts are known.
+        with jax.ensure_compile_time_eval():
+            highest = int(jnp.where(prompts.mask, prompts.tokens, 0).max())
         if highest >= models[0][1].vocab_size:
             raise EgjaxError(
                 f"token {highest} in a prompt, of {models[0][1].vocab_size} that the model has",

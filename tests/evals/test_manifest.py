@@ -10,7 +10,7 @@ import pytest
 
 from egjax.errors import EgjaxError
 from egjax.evals import manifest
-from egjax.evals.manifest import StageTime, describe, timed, write_atomic
+from egjax.evals.manifest import describe, revision, write_atomic
 
 
 def test_names_the_machine_and_the_libraries():
@@ -33,27 +33,23 @@ def git(folder: Path, *arguments: str) -> str:
 def test_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     source = tmp_path / "code.py"
     monkeypatch.setattr(manifest, "__file__", str(source))
+    manifest._code.cache_clear()
     assert describe(seeds=[]).commit is None
     assert describe(seeds=[]).dirty is None
+    assert revision() == ""
     source.write_text("1")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
-    clean = describe(seeds=[])
-    assert (clean.commit, clean.dirty) == (git(tmp_path, "rev-parse", "HEAD"), False)
+    manifest._code.cache_clear()
+    clean, commit = describe(seeds=[]), git(tmp_path, "rev-parse", "HEAD")
+    assert (clean.commit, clean.dirty) == (commit, False)
+    assert revision() == commit
     source.write_text("2")
+    assert describe(seeds=[]).dirty is False  # this process has loaded what was there before
+    manifest._code.cache_clear()
     assert describe(seeds=[]).dirty is True
-
-
-def test_times_what_finished(monkeypatch):
-    clock = iter([10.0, 12.5, 20.0])
-    monkeypatch.setattr(manifest.time, "monotonic", lambda: next(clock))
-    stages: list[StageTime] = []
-    with timed(stages, "search"):
-        pass
-    with pytest.raises(KeyError), timed(stages, "train"):
-        raise KeyError
-    assert stages == [StageTime("search", 2.5)]
+    assert revision() == f"{commit}+"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

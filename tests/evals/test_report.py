@@ -48,6 +48,7 @@ def test_every_row_and_section_is_on_the_page(page, results):
     for text in ("Questions", "Search", "What did not work", results.manifest.command, "file710_2"):
         assert text in page
     assert page.count("<tr><td>distilled + DPO</td>") == 2  # seen and unseen
+    assert "kept from an earlier run, by code fedcba987654+<" in page
     assert "<b>" not in page
 
 

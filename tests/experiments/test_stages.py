@@ -227,6 +227,8 @@ PROVENANCE = {
     "steps_per_second",
     "tokens_per_second",
     "started",
+    "kept",
+    "code",
     "command",
     "commit",
     "dirty",
@@ -250,7 +252,7 @@ def contents(run: Path) -> dict[str, object]:
 
 
 def timeless(value: object) -> object:
-    """Without what may differ from run to run: times, rates, the command, the commit."""
+    """Without what may differ from run to run: times, rates, stages at hand, command, commit."""
     if isinstance(value, dict):
         if value.get("unit") == "s":
             return value | {"value": None}
