@@ -395,7 +395,7 @@ def _disk_full(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return str(error.filename or "")
+            return str(error.filename2 or error.filename or "")  # of a copy, its target
         if os.strerror(errno.ENOSPC).lower() in str(error).lower():
             return ""
         error = error.__cause__ or error.__context__

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from egjax.errors import EgjaxError
+from egjax.files import delete
 from experiments import own
 from experiments.common import note, run_main
 
@@ -33,7 +34,12 @@ def main(config: Config) -> None:
     start = own.Start.at(config.model)
     if config.to.exists() and (not config.to.is_dir() or any(config.to.iterdir())):
         raise EgjaxError("is not empty", where=str(config.to), remedy="name another folder")
-    start.write(config.to, start.load())
+    try:
+        start.write(config.to, start.load())
+    except BaseException:  # the folder was empty, and so the same command can be given again
+        for path in config.to.glob("*"):
+            delete(path)
+        raise
     note(f"the model is in {config.to}")
 
 

@@ -2,17 +2,19 @@
 
     python -m experiments.score --plans FILE.jsonl [--robothow FOLDER] [--out VERDICTS.jsonl]
 
-A row of FILE has `plan`: English ("Walk to kitchen. Grab cup.") or RobotHow script lines
-("[WALK] <kitchen> (11)"), as text or a list; and either `task`, the name of a RobotHow task, or
-`scene` with `goals` as `experiments.solve` takes them. Further fields are kept in the verdicts;
-rows of one `model` are summed up together. A plan ends at its first refusal and succeeds if every
-step is accepted and every goal holds at the end. Intervals: 95 % bootstrap over tasks.
+A row of FILE has `plan`: English ("Walk to kitchen. Grab cup.") or RobotHow script lines ("[WALK]
+<kitchen> (11)"), as text or a list, numbered or not; and either `task`, the name of a RobotHow
+task, or `scene` with `goals` as `experiments.solve` takes them. `--out` writes the rows with the
+field `verdict` added; rows of one `model` are summed up together. A plan ends at its first refusal
+and succeeds if every step is accepted and every goal holds at the end. Intervals: 95 % bootstrap
+over tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ from experiments.data import HouseTask, assignments, make_task, programs, round_
 from experiments.solve import own_task
 
 Row = Mapping[str, Any]
+
+_NUMBER = re.compile(r"(^|[.\n])\s*(?:(?:step\s*)?\d+\s*[.):]|[-*•])\s+", re.IGNORECASE)
+"""What stands before a step in a list: 1. 2) Step 3: - *"""
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,15 @@ def main(config: Config) -> None:
         known = {p.name: make_task(p, config.goals, "") for p in programs(config.robothow, names)}
     tasks = [_task(row, known, where=f"{config.plans}:{at}") for at, row in rows.items()]
     verdicts = _judged(tasks, list(rows.values()), config.plans)
-    records = [
-        {**row, **_record(verdict)} for row, verdict in zip(rows.values(), verdicts, strict=True)
-    ]
     if config.out is not None:
-        write_atomic(config.out, "".join(json.dumps(record) + "\n" for record in records))
+        judged = zip(rows.values(), verdicts, strict=True)
+        records = [json.dumps({**row, "verdict": _record(verdict)}) for row, verdict in judged]
+        write_atomic(config.out, "\n".join(records) + "\n")
     if not config.json:
-        for record, task in zip(records, tasks, strict=True):
-            print(f"{task.name:<40} {_told(record)}")
-    emit(*_figures(records, tasks, config.seed), json=config.json)
+        for verdict, task in zip(verdicts, tasks, strict=True):
+            print(f"{task.name:<40} {_told(verdict)}")
+    models = [row.get("model") for row in rows.values()]
+    emit(*_figures(verdicts, models, tasks, config.seed), json=config.json)
 
 
 def _read(path: Path) -> dict[int, Row]:
@@ -143,6 +148,7 @@ def _plan(plan: str | Sequence[str]) -> tuple[Plan, PlanStep | None]:
     """A plan as the judge takes it; of a script the lines before one that cannot be read, and
     that one."""
     text = plan if isinstance(plan, str) else "\n".join(map(str, plan))
+    text = _NUMBER.sub(r"\1", text)
     if not text.lstrip().startswith("["):
         return text, None
     lines: list[Line] = []
@@ -181,30 +187,35 @@ def _record(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _told(record: Row) -> str:
+def _told(verdict: Verdict) -> str:
     """A verdict in a line."""
-    if record["success"]:
+    if verdict.solved:
         return "success"
-    goals = f"{record['goals_held']} of {record['goals_total']} goals hold"
-    if record["refused_step"] is None:
-        return f"{'executable, ' if record['executable'] else 'no step, '}{goals}"
-    return f"step {record['refused_step']} refused: {record['reason']}; {goals}"
+    goals = f"{verdict.satisfied} of {verdict.goals} goals hold"
+    if verdict.refusal is None:
+        return f"{'executable, ' if verdict.executable else 'no step, '}{goals}"
+    step, reason = verdict.refusal
+    return f"step {step + 1} refused: {reason}; {goals}"
 
 
-def _figures(records: Sequence[Row], tasks: Sequence[HouseTask], seed: int) -> list[Figure]:
+def _figures(
+    verdicts: Sequence[Verdict], models: Sequence[str | None], tasks: Sequence[HouseTask], seed: int
+) -> list[Figure]:
     """Shares over all plans, and of each model where rows name one."""
     figures = []
-    models = list(dict.fromkeys(r["model"] for r in records if r.get("model")))
-    for model in (None, *(models if len(models) > 1 else ())):
-        chosen = [k for k, r in enumerate(records) if model is None or r.get("model") == model]
+    named = list(dict.fromkeys(filter(None, models)))
+    for model in (None, *(named if len(named) > 1 else ())):
+        chosen = [k for k, by in enumerate(models) if model is None or by == model]
         clusters = [id(tasks[k]) for k in chosen]
-        for name in ("success", "executable", "parsed"):
-            values = np.array([records[k][name] for k in chosen], bool)
+        of = [verdicts[k] for k in chosen]
+        for name, values in (
+            ("success", np.array([v.solved for v in of])),
+            ("executable", np.array([v.executable for v in of])),
+            ("parsed", np.array([v.parsed for v in of])),
+            ("goals_held", np.array([v.satisfied / v.goals for v in of])),
+        ):
             label = name if model is None else f"{name}/{model}"
             figures.append(measure(label, values, "fraction", seed=seed, clusters=clusters))
-        shares = [records[k]["goals_held"] / records[k]["goals_total"] for k in chosen]
-        label = "goals_held" if model is None else f"goals_held/{model}"
-        figures.append(measure(label, shares, "fraction", seed=seed, clusters=clusters))
     return figures
 
 

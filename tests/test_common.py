@@ -132,6 +132,7 @@ def fail(error):
     [
         (EgjaxError("unknown verb 'FLY'", where="a.txt:3", remedy="see the list"), "a.txt:3"),
         (OSError(errno.ENOSPC, "No space left on device", "out.bin"), "out.bin: no space left"),
+        (OSError(errno.ENOSPC, "No space left", "from.bin", None, "to.bin"), "to.bin: no space"),
         (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "no space left"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), "x.json"),
         (ImportError("mctx is needed here; pip install 'egjax[search]'"), "egjax[search]"),

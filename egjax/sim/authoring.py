@@ -11,9 +11,10 @@ A scene file lists rooms and what is in them:
     states: {fridge: [OPEN]}               # of all objects of a class
     goals: ["ON(cup, table)"]
 
-Properties of common classes are known. A graph as VirtualHome writes it (`nodes`, `edges`) is a
-scene, too. A goal is `RELATION(subject, object)` or `STATE(object)`; an object is a class (any of
-it serves) or a class with a graph id (this one): `HOLDS_RH(character, milk)`, `OPEN(fridge (7))`.
+Properties of common classes are known; names are VirtualHome's, small letters and `_`. A graph as
+VirtualHome writes it (`nodes`, `edges`) is a scene, too. A goal is `RELATION(subject, object)` or
+`STATE(object)`; an object is a class (any of it serves) or a class with a graph id (this one):
+`HOLDS_RH(character, milk)`, `OPEN(fridge (7))`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 from egjax.errors import EgjaxError, require
 from egjax.sim.goals import Predicate
-from egjax.sim.graph import load_graph
+from egjax.sim.graph import check_graph
 from egjax.sim.household import Thing, assemble, known_kinds
 from egjax.sim.placing import settled
 from egjax.sim.vocab import PROPERTIES, RELATIONS, STATES
@@ -78,16 +79,18 @@ def load_scenario(
     content = _parsed(text, file.suffix.lower(), where)
     if not isinstance(content, dict):
         raise EgjaxError("not a scene", where=where, remedy="a mapping with 'rooms'")
+    goals = content.get("goals") or []
+    goals = [goals] if isinstance(goals, str) else goals
+    if not isinstance(goals, list) or not all(isinstance(goal, str) for goal in goals):
+        raise EgjaxError("goals are no list of texts", where=where, remedy='["ON(cup, table)"]')
     if "nodes" in content:
-        return Scenario(load_graph(file), tuple(content.get("goals", ())))
+        return Scenario(check_graph(content, where=where), tuple(goals))
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
         raise EgjaxError(
             f"unknown key {unknown[0]!r}", where=where, remedy=_nearest(str(unknown[0]), _KEYS)
         )
-    goals = content.get("goals") or ()
-    goals = (goals,) if isinstance(goals, str) else tuple(map(str, goals))
-    return Scenario(_graph(content, properties or {}, where), goals)
+    return Scenario(_graph(content, properties or {}, where), tuple(goals))
 
 
 def _parsed(text: str, suffix: str, where: str) -> Any:
@@ -114,10 +117,15 @@ def _graph(
     rooms = content.get("rooms")
     if not isinstance(rooms, Mapping) or not rooms:
         raise EgjaxError("no rooms", where=where, remedy="rooms: {kitchen: [table, cup on table]}")
-    plan = {str(room): [_thing(t, where) for t in _list(rooms[room])] for room in rooms}
+    plan = {
+        _name(room): [_thing(t, where) for t in _things(things, f"{where}, {room}")]
+        for room, things in rooms.items()
+    }
+    if len(plan) < len(rooms):
+        raise EgjaxError("two rooms of one name", where=where, remedy="capitals do not tell apart")
     kinds = {**{k: (tuple(v), ()) for k, v in properties.items()}, **known_kinds()}
-    for name, kind in (content.get("kinds") or {}).items():
-        kinds[str(name)] = _kind(kind, f"{where}, kind {name}")
+    for name, kind in _mapping(content, "kinds", where).items():
+        kinds[_name(name)] = _kind(kind, f"{where}, kind {name}")
     for room, things in plan.items():
         for place, thing in enumerate(things):
             if thing.name not in kinds:
@@ -134,20 +142,40 @@ def _graph(
                 )
     names = list(plan)
     doors = content.get("doors")
-    doors = (
-        list(itertools.pairwise(names)) if doors is None else [tuple(map(str, d)) for d in doors]
-    )
-    start = str(content.get("character") or names[0])
+    doors = list(itertools.pairwise(names)) if doors is None else doors
+    if not isinstance(doors, list) or not all(
+        isinstance(door, list | tuple) and len(door) == 2 for door in doors
+    ):
+        raise EgjaxError("a door joins two rooms", where=where, remedy="doors: [[kitchen, hall]]")
+    doors = [(_name(first), _name(second)) for first, second in doors]
+    start = _name(content.get("character") or names[0])
     for room in (*(end for door in doors for end in door), start):
         if room not in plan:
             raise EgjaxError(f"no room {room!r}", where=where, remedy=_nearest(room, plan))
-    if any(len(door) != 2 for door in doors):
-        raise EgjaxError("a door joins two rooms", where=where, remedy="doors: [[kitchen, hall]]")
     graph = assemble(plan, doors, kinds, start)
     graph["nodes"] = [settled(node) for node in graph["nodes"]]
-    for name, states in (content.get("states") or {}).items():
-        _set_states(graph, str(name), _list(states), where)
+    for name, states in _mapping(content, "states", where).items():
+        _set_states(graph, _name(name), _list(states), where)
     return graph
+
+
+def _name(value: Any) -> str:
+    """A room or class as VirtualHome writes it, `living_room` for "Living room"."""
+    return "_".join(str(value).lower().split())
+
+
+def _mapping(content: Mapping[str, Any], key: str, where: str) -> Mapping[Any, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise EgjaxError(f"{key!r} is no mapping", where=where, remedy=f"{key}: {{lamp: [...]}}")
+    return found
+
+
+def _things(value: Any, where: str) -> list[Any]:
+    value = value.split(",") if isinstance(value, str) else value or []
+    if not isinstance(value, list):
+        raise EgjaxError("no list of things", where=where, remedy="[table, cup on table]")
+    return value
 
 
 def _list(value: Any) -> list[Any]:
@@ -159,7 +187,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _thing(text: Any, where: str) -> Thing:
-    match = _THING.match(str(text).strip())
+    match = _THING.match(str(text).strip().lower())
     if match is None:
         raise EgjaxError(f"not a thing: {text!r}", where=where, remedy="'cup', 'cup on table'")
     name, how, place = match.groups()

@@ -22,6 +22,7 @@ __all__ = [
     "Names",
     "Sizes",
     "added_edges",
+    "check_graph",
     "decode",
     "edge_bits",
     "encode",
@@ -75,8 +76,44 @@ class Names:
         return f"<{self.nodes[node]['class_name']}> ({self.nodes[node]['id']})"
 
 
+_NODE = {"id": int, "class_name": str, "states": list}
+_EDGE = {"from_id": int, "relation_type": str, "to_id": int}
+_KINDS = {int: "a whole number", str: "a text", list: "a list"}
+
+
+def check_graph(graph: object, *, where: str) -> dict[str, Any]:
+    """A graph read from a file, if it has a graph's fields and types.
+
+    Raises:
+        EgjaxError: it has not; names the first node or edge.
+    """
+    if not isinstance(graph, dict) or not {"nodes", "edges"} <= graph.keys():
+        raise EgjaxError(
+            "not a graph", where=where, remedy="expected an object with 'nodes' and 'edges'"
+        )
+    for name, fields in (("nodes", _NODE), ("edges", _EDGE)):
+        if not isinstance(graph[name], list):
+            raise EgjaxError(f"{name!r} is no list", where=where)
+        for number, item in enumerate(graph[name]):
+            for field, kind in fields.items():
+                # JSON's true and false are int to Python.
+                if not isinstance(item, dict) or type(item.get(field)) is not kind:
+                    raise EgjaxError(
+                        f"{name}[{number}] has no {field!r} that is {_KINDS[kind]}",
+                        where=where,
+                        remedy="see VirtualHome's graphs",
+                    )
+    for number, node in enumerate(graph["nodes"]):
+        properties = node.get("properties", [])
+        if not isinstance(properties, list) or {*map(type, node["states"] + properties)} - {str}:
+            raise EgjaxError(
+                f"states and properties of nodes[{number}] are no lists of texts", where=where
+            )
+    return graph
+
+
 def load_graph(path: str | Path) -> dict[str, Any]:
-    """Reads a graph JSON file and checks that it has nodes and edges.
+    """Reads a graph JSON file, see `check_graph`.
 
     Raises:
         EgjaxError: no such file, not JSON, or not a graph.
@@ -88,11 +125,7 @@ def load_graph(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", 1)
         raise EgjaxError("not a JSON graph", where=f"{path}:{line}", remedy=str(error)) from None
-    if not isinstance(graph, dict) or not {"nodes", "edges"} <= graph.keys():
-        raise EgjaxError(
-            "not a graph", where=str(path), remedy="expected an object with 'nodes' and 'edges'"
-        )
-    return graph
+    return check_graph(graph, where=str(path))
 
 
 def sizes_of(graphs: Iterable[Graph], *, added: int = 24) -> Sizes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from egjax.errors import EgjaxError
+from egjax.sim.graph import check_graph
 from egjax.sim.text import Line, parse_script
 
 __all__ = [
@@ -114,7 +115,10 @@ def load_pair(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         raise EgjaxError("not JSON", where=f"{path}:{line}", remedy=str(error)) from None
     if not isinstance(pair, dict) or not {"init_graph", "final_graph"} <= pair.keys():
         raise EgjaxError("expected 'init_graph' and 'final_graph'", where=str(path))
-    return pair["init_graph"], pair["final_graph"]
+    initial, final = (
+        check_graph(pair[name], where=f"{path}, {name}") for name in ("init_graph", "final_graph")
+    )
+    return initial, final
 
 
 def load_programs(folder: str | Path, names: Sequence[str] | None = None) -> list[Program]:

@@ -175,6 +175,17 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return row[name]
 
 
+def _check_kinds(row: Mapping[str, Any], *names: str) -> None:
+    """Refuses columns of which one is a text and another is none."""
+    texts = [name for name in names if isinstance(row[name], str)]
+    if texts and len(texts) < len(names):
+        others = " and ".join(name for name in names if name not in texts)
+        raise EgjaxError(
+            f"{' and '.join(texts)} is a text, {others} is none",
+            remedy="give texts, or lists of messages, in both",
+        )
+
+
 def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
     """A column of messages, checked."""
     messages = row[name]
@@ -223,6 +234,7 @@ def _passage(row: dict[str, Any], template: ChatTemplate) -> _Passage:
             # An empty prompt is well-formed: the completion is learnt from the start.
             text = row["prompt"] + _text(row, "completion")
             return _Passage(text, ((len(row["prompt"]), len(text)),))
+        _check_kinds(row, "prompt", "completion")
         prompt, answer = _messages(row, "prompt"), _messages(row, "completion")
         render = partial(template.render, tools=_tools(row))
         text = render([*prompt, *answer])
@@ -277,6 +289,7 @@ def _preference(row: dict[str, Any], template: ChatTemplate) -> _Preference:
             # A space belongs to the word that it comes before.
             start -= chosen[:start].endswith(" ")
             return _differing(chosen[:start], chosen[start:], rejected[start:])
+    _check_kinds(row, "chosen", "rejected")
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     if isinstance(prompt, str):
         # Either the question alone, or all of both conversations is repeated in the answers.

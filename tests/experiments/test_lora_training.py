@@ -1,5 +1,6 @@
 """The training of every stage, of an adapter: what is written fits together."""
 
+import errno
 import json
 from dataclasses import asdict, replace
 
@@ -89,6 +90,23 @@ def grown(tmp_path):
         Stage(path, "text", {}).run(text)
         Stage(path, "seed0/pretrain_small", {}).run(lambda out: save(out / MODEL, base))
     return path, base
+
+
+def test_an_export_that_fails_can_be_done_again(grown, tmp_path, monkeypatch):
+    path, _ = grown
+
+    def fail(folder, *_):
+        (folder / "model.safetensors.part").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = export.Config(path / "seed0" / "pretrain_small", tmp_path / "to")
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "save", fail)
+        with pytest.raises(OSError, match="No space"):
+            export.main(config)
+    assert list(config.to.iterdir()) == []
+    export.main(config)
+    assert hf.load(config.to)
 
 
 def test_a_run_with_an_adapter_is_decoded_and_exported(grown, tmp_path, capsys):

@@ -89,21 +89,28 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
         {**goals, "plan": "[WALK] <fridge> (6)\n[WINK] <fridge> (6)"},
         {"scene": home, "plan": "Walk to fridge. Open fridge.", "model": "m"},
         {**goals, "plan": "Sing."},
+        {**goals, "plan": "1. Walk to fridge. 2. Open fridge.", "steps": 2},
+        {**goals, "plan": ["Step 1: Walk to fridge", "- Open fridge"]},
+        {**goals, "plan": "1) [WALK] <fridge> (6)\n2) [OPEN] <fridge> (6)"},
     ]
     path, out = tmp_path / "plans.jsonl", tmp_path / "verdicts.jsonl"
     path.write_text("\n".join(map(json.dumps, plans)))
     score.main(score.Config(path, out=out, json=True))
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["success"] for row in found] == [True, True, False, False, True, False]
-    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1]
-    assert [row["parsed"] for row in found] == [True, True, True, False, True, False]
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [row["verdict"] for row in kept]
+    assert [{**row, "verdict": None} for row in kept] == [{**p, "verdict": None} for p in plans]
+    solved = [True, True, False, False, True, False, True, True, True]
+    assert [row["success"] for row in found] == solved
+    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1, None, None, None]
+    assert [row["parsed"] for row in found] == [True, True, True, False, True, False, *[True] * 3]
     assert found[2]["reason"] == "the character is not close to the fridge"
     assert found[3]["reason"] == "unknown verb 'WINK'"
-    assert found[0]["note"] == "kept"
     assert (found[4]["goals_held"], found[4]["goals_total"]) == (2, 2)
     figure = rows(capsys.readouterr().out)["success"]
-    assert (figure["value"], figure["n"]) == (0.5, 6)
-    assert figure["low"] < 0.5 < figure["high"]
+    assert (figure["value"], figure["n"]) == (6 / 9, 9)
+    assert figure["low"] < 6 / 9 < figure["high"]
+    score.main(score.Config(out, out=tmp_path / "again.jsonl"))
+    assert (tmp_path / "again.jsonl").read_text() == out.read_text()
 
 
 def test_a_plan_may_move_many_things(tmp_path):
@@ -133,7 +140,7 @@ def test_a_plan_may_move_many_things(tmp_path):
     row = {"scene": str(home), "goals": ["INSIDE(cup, fridge)"], "plan": steps}
     path.write_text(json.dumps(row))
     score.main(score.Config(path, out=tmp_path / "out.jsonl", json=True))
-    found = json.loads((tmp_path / "out.jsonl").read_text())
+    found = json.loads((tmp_path / "out.jsonl").read_text())["verdict"]
     assert found["success"], found["reason"]
     assert sum(step["accepted"] for step in found["steps"]) == 4 * len(cups)
 

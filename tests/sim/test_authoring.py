@@ -85,6 +85,13 @@ def test_json_and_graph_files_are_scenes(tmp_path, scene):
         ("rooms: [", "home.yaml:1: not YAML"),
         ("- 1", "not a scene"),
         ("goals: [x]", "no rooms"),
+        ("goals: 7", "goals are no list of texts"),
+        ("rooms: {a: 5}", "home.yaml, a: no list of things"),
+        ("rooms: {a: [cup], A: [cup]}", "two rooms of one name"),
+        ("rooms: {a: [cup]}\ndoors: [5]", "a door joins two rooms"),
+        ("rooms: {a: [cup]}\ndoors: a", "a door joins two rooms"),
+        ("rooms: {a: [cup]}\nkinds: [lamp]", "'kinds' is no mapping"),
+        ("rooms: {a: [cup]}\nstates: [OPEN]", "'states' is no mapping"),
     ],
 )
 def test_a_bad_scene_says_what_is_nearest(tmp_path, text, message):
@@ -93,6 +100,44 @@ def test_a_bad_scene_says_what_is_nearest(tmp_path, text, message):
     with pytest.raises(EgjaxError) as error:
         load_scenario(path)
     assert message in str(error.value)
+
+
+def test_names_are_written_as_people_write_them(tmp_path):
+    path = tmp_path / "home.yaml"
+    path.write_text(
+        "rooms: {Kitchen: [Table, Cup on Table], Living Room: bed}\n"
+        "doors: [[kitchen, Living room]]\ncharacter: Living Room\nstates: {Cup: [DIRTY]}\n"
+        "goals: ['INSIDE(Character, kitchen)', 'ON(cup, TABLE)']\n"
+    )
+    graph, goals = load_scenario(path)
+    names = [node["class_name"] for node in graph["nodes"]]
+    assert names == ["kitchen", "living_room", "table", "cup", "bed", "door", "character"]
+    assert parse_goals(goals, graph)[0] == Predicate("INSIDE", "character", "kitchen")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.update(nodes={"a": 1}), "'nodes' is no list"),
+        (lambda g: g.update(edges=None), "'edges' is no list"),
+        (lambda g: g["nodes"].append(1), "has no 'id' that is a whole number"),
+        (lambda g: g["nodes"][2].update(id="3"), "nodes[2] has no 'id' that is a whole number"),
+        (lambda g: g["nodes"][2].update(id=True), "nodes[2] has no 'id'"),
+        (lambda g: g["nodes"][1].pop("states"), "nodes[1] has no 'states' that is a list"),
+        (lambda g: g["nodes"][1].update(properties=5), "states and properties of nodes[1]"),
+        (lambda g: g["nodes"][1].update(states=[None]), "states and properties of nodes[1]"),
+        (lambda g: g["edges"][0].pop("to_id"), "edges[0] has no 'to_id'"),
+        (lambda g: g.update(goals=5), "goals are no list"),
+    ],
+)
+def test_a_bad_graph_says_which_node(tmp_path, scene, change, message):
+    path, graph = tmp_path / "graph.json", json.loads(json.dumps(scene.graph))
+    change(graph)
+    path.write_text(json.dumps(graph))
+    with pytest.raises(EgjaxError) as error:
+        load_scenario(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_goals_are_read(scene):

@@ -194,7 +194,9 @@ def test_lines_that_are_no_rows(tmp_path, tokenizer, config, read, line, said):
     ("read", "line", "said"),
     [
         (read_samples, {"text": ""}, "text is empty"),
-        (read_samples, {"prompt": "a", "completion": 3}, "prompt is no list of messages"),
+        (read_samples, {"prompt": "a", "completion": 3}, "prompt is a text, completion is none"),
+        (read_samples, {"prompt": [ASK], "completion": "b"}, "completion is a text, prompt is"),
+        (read_samples, {"prompt": 1, "completion": 3}, "prompt is no list of messages"),
         (read_samples, {"messages": [ASK, {"role": "user"}]}, "message 1 of messages has no text"),
         (read_samples, {"messages": [ASK]}, "no message of the assistant"),
         (read_samples, {"messages": [ASK, GOOD], "tools": TOOLS}, "does not write tools"),
