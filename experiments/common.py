@@ -13,6 +13,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import logging
 import os
 import resource
 import select
@@ -102,15 +103,30 @@ def _ignore_signals() -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _stop_again(unraisable: Any) -> None:
+def _unraised(unraisable: Any) -> None:
     """`sys.unraisablehook`: Python drops what is raised in a finaliser or in a callback of its
-    garbage collector (JAX has one), also a stop; the signal is sent again a moment later."""
+    garbage collector (JAX has one), also a stop; the signal is sent again a moment later.
+
+    Where a checkpoint fails (a full disk), Orbax raises what the first write said, and every other
+    one finds its event loop closed: hundreds of tracebacks around the line that says why."""
+    if isinstance(unraisable.exc_value, RuntimeError) and (
+        str(unraisable.exc_value) == "Event loop is closed"
+    ):
+        return
     if isinstance(unraisable.exc_value, _Stopped):
         again = threading.Timer(_AGAIN, signal.raise_signal, (unraisable.exc_value.signum,))
         again.daemon = True
         again.start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _untraced(record: logging.LogRecord) -> bool:
+    """A library's log, without tracebacks: what Orbax logs with one, from each of its threads, it
+    raises as well."""
+    if not os.environ.get("EGJAX_TRACEBACK"):
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def run_main(
@@ -148,7 +164,8 @@ def run_main(
     )
     for signum in _SIGNALS:
         signal.signal(signum, _stop)
-    sys.unraisablehook = _stop_again
+    sys.unraisablehook = _unraised
+    logging.getLogger("absl").addFilter(_untraced)
     # Tracing and graphs read from JSON are millions of small objects that stay: looked at so often,
     # they cost a tenth of a short run.
     gc.set_threshold(_YOUNG)

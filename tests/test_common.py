@@ -246,6 +246,31 @@ time.sleep(5)
     assert "Exception ignored" not in err
 
 
+def test_a_failed_checkpoint_is_one_line_among_few(script):
+    """As Orbax's threads tell of a full disk: tracebacks in logs, callbacks of a closed loop."""
+    body = """
+import asyncio, logging
+loop = asyncio.new_event_loop()
+loop.close()
+class Write:
+    def __del__(self):
+        loop.call_soon_threadsafe(print)
+for _ in range(9):
+    Write()
+    try:
+        raise OSError(28, "No space left on device", "state")
+    except OSError:
+        logging.getLogger("absl").exception("a write failed")
+raise OSError(28, "No space left on device", "state")
+"""
+    left, _, err = finish(script(body))
+    assert left == 2
+    assert err.count("a write failed") == 9
+    assert "Traceback" not in err
+    assert "closed" not in err
+    assert err.splitlines()[-1].startswith("error: state: no space left")
+
+
 def test_a_loop_may_save_before_it_stops(script, tmp_path):
     body = """
 with common.save_then_stop() as stop:
