@@ -94,8 +94,8 @@ def choose(config: LlamaConfig, sight: Sight) -> str:
 
 def visible(sight: Sight) -> Array:
     """bool[B, T, S]: which keys a query sees."""
-    last = sight.before + jnp.arange(sight.segments.shape[1])[None]  # [1 or B, T]
-    causal = jnp.arange(sight.keys.shape[1])[None, None] <= last[:, :, None]
+    last = sight.before + jnp.arange(sight.segments.shape[1], dtype=jnp.int32)[None]  # [1 or B, T]
+    causal = jnp.arange(sight.keys.shape[1], dtype=jnp.int32)[None, None] <= last[:, :, None]
     return causal & _same(sight) & (sight.segments != 0)[:, :, None]
 
 
@@ -138,7 +138,7 @@ def chunked(sight: Sight, chunk: int = CHUNK) -> Attend:
             seen = sight._replace(segments=segments, before=sight.before + start, prefixes=prefixes)
             return _softmax(query, key, value, visible(seen))
 
-        starts = size * jnp.arange(parts)
+        starts = size * jnp.arange(parts, dtype=jnp.int32)
         sights = jax.tree.map(partial(split, axis=1), (sight.segments, sight.prefixes))
         mixed = jax.lax.map(part, (split(query, 2), starts, *sights))
         mixed = jnp.moveaxis(mixed, 0, 2)

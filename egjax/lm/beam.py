@@ -163,7 +163,7 @@ def _beam_search(
         caches = _reordered(caches, jnp.take_along_axis(parent, places, axis=1))
 
         full = (loop.done.scores > _NONE / 2).all(axis=1)
-        counts = ends & (jnp.arange(looked_at) < beams) & loop.improvable[:, None]
+        counts = ends & (jnp.arange(looked_at, dtype=jnp.int32) < beams) & loop.improvable[:, None]
         counts &= sums > _NONE / 2  # not what goes on from a place without a prefix
         if stopping == "full":
             counts &= ~full[:, None]
@@ -204,7 +204,7 @@ def _beam_search(
     )
     # All beams begin alike, so the first alone counts.
     start = replace(blank, scores=blank.scores.at[:, 0].set(0.0))
-    every = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, beams)).reshape(-1)
+    every = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], (rows, beams)).reshape(-1)
     repeated = tuple(taken(cache, every, rows) for cache in caches)
     improvable = prompts.mask.any(axis=1)
     loop = _Loop(repeated, jnp.int32(0), start, blank, improvable, jnp.bool_(True))
@@ -227,5 +227,5 @@ def _taken(beams: Beams, places: Array) -> Beams:
 def _reordered(caches: tuple[Cache, ...], parent: Array) -> tuple[Cache, ...]:
     """Caches whose beam w of row b continues its beam `parent[b, w]`."""
     rows, beams = parent.shape
-    flat = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
+    flat = (jnp.arange(rows, dtype=jnp.int32)[:, None] * beams + parent).reshape(-1)
     return tuple(taken(cache, flat, rows * beams) for cache in caches)

@@ -124,8 +124,8 @@ def _overwritten(store: Array, at: tuple[Array | int, ...], new: Array, used: Ar
         return jax.lax.dynamic_update_slice(store, new[lead], (*at, zero, zero, used, zero))
     rows, _, length, _ = new.shape
     if rows > _SLABS:
-        slots = used[:, None] + jnp.arange(length)
-        index = *at, jnp.arange(rows)[:, None], slice(None), slots
+        slots = used[:, None] + jnp.arange(length, dtype=jnp.int32)
+        index = *at, jnp.arange(rows, dtype=jnp.int32)[:, None], slice(None), slots
         return store.at[index].set(new.swapaxes(1, 2))
     for row in range(rows):
         slab = new[(*lead, slice(row, row + 1))]

@@ -162,7 +162,7 @@ def constrained(
     configs = tuple(config for _, config in models)
     rows, length = prompts.tokens.shape
     eos, pad = configs[0].eos_ids, configs[0].pad_id or 0
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
     caches = empty_caches(params, configs, rows, length + max_new_tokens)
     tokens = np.full((rows, max_new_tokens), pad, np.int32)
     logps, mask = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)

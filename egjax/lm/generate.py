@@ -224,7 +224,7 @@ def _generate(
     max_new_tokens: int,
 ) -> Generation:
     rows, length = prompts.tokens.shape
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
     eos = jnp.array(configs[0].eos_ids, jnp.int32)
     pad = configs[0].pad_id or 0
     filler = ~prompts.mask.any(axis=1)

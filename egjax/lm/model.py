@@ -198,7 +198,8 @@ def trunk(
     if positions is None:
         # Rotary attention knows differences of positions alone, so it does not matter where in
         # the row a segment begins.
-        positions = before + jnp.arange(length)[None]  # [1, T], or [B, T] where rows count
+        # [1, T], or [B, T] where rows count
+        positions = before + jnp.arange(length, dtype=jnp.int32)[None]
     rope = rope_angles(config, positions)
     stream, inputs = _stream_axes(config, tokens)
 
@@ -225,7 +226,7 @@ def trunk(
             streams.append(behind)
         (last, cache), after = carry, jnp.stack(streams) if return_hidden else None
     else:
-        indices = jnp.arange(config.num_layers)
+        indices = jnp.arange(config.num_layers, dtype=jnp.int32)
         (last, cache), after = jax.lax.scan(layer, (first, cache), (layers, indices))
     if cache is not None:
         cache = replace(cache, segment_ids=key_segments, used=cache.used + length)

@@ -236,7 +236,7 @@ class _Decoder:
 
     def choose(self, logits: Array, made: Array) -> Array:
         """What `generate` draws from logits [B, T, V] as tokens made, made + 1, ...: [B, T]."""
-        steps = made[:, None] + jnp.arange(logits.shape[1])
+        steps = made[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
         flat_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.keys, steps).reshape(-1)
         flat = logits.reshape(-1, logits.shape[-1])
         return draw(flat, flat_keys, self.temperature, self.top_p).reshape(steps.shape)
@@ -252,12 +252,13 @@ class _Decoder:
         is_end = (tokens[..., None] == self.eos).any(-1) | hits
         ends = is_end.astype(jnp.int32)
         before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
-        kept = (jnp.arange(tokens.shape[1]) < number[:, None]) & (before == 0)
+        kept = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < number[:, None]) & (before == 0)
         kept &= self.going(loop)[:, None]
-        kept &= loop.made[:, None] + jnp.arange(tokens.shape[1]) < self.max_new_tokens
+        at = loop.made[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        kept &= at < self.max_new_tokens
         new = kept.sum(axis=1, dtype=jnp.int32)
         # By place in the result, elementwise: a scatter costs the CPU a loop.
-        offset = jnp.arange(loop.tokens.shape[1]) - loop.made[:, None]
+        offset = jnp.arange(loop.tokens.shape[1], dtype=jnp.int32) - loop.made[:, None]
         source = jnp.clip(offset, 0, tokens.shape[1] - 1)
 
         def at(values: Array) -> Array:
@@ -319,7 +320,9 @@ class _Decoder:
             return (token, cache), (token, logits)
 
         start = self.pending(loop)[:, 0], loop.caches[self.draft]
-        (_, cache), (tokens, logits) = jax.lax.scan(one, start, jnp.arange(self.drafts + 1))
+        (_, cache), (tokens, logits) = jax.lax.scan(
+            one, start, jnp.arange(self.drafts + 1, dtype=jnp.int32)
+        )
         return tokens[:-1].T, tuple(x.swapaxes(0, 1) for x in logits), cache
 
     def judge(self, proposed: Array, q: Array, logits: Array, made: Array) -> tuple[Array, Array]:
@@ -335,7 +338,7 @@ class _Decoder:
 
         if self.rule == "coupled":
             return tokens, leading(tokens[:, :-1] == proposed)
-        steps = made[:, None] + jnp.arange(self.drafts + 1)
+        steps = made[:, None] + jnp.arange(self.drafts + 1, dtype=jnp.int32)
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.keys, steps)
 
         def stream(number: int) -> Array:
@@ -378,7 +381,7 @@ class _Decoder:
         return replace(
             loop,
             caches=self.rewind([cache for _, cache in found], loop),
-            balance=_bounded(loop.balance + new - self.cost),
+            balance=_bounded(loop.balance + new.astype(jnp.float32) - self.cost),
             rounds=loop.rounds + 1,
             drafted=loop.drafted + jnp.where(before, self.drafts, 0),
             accepted=loop.accepted + jnp.minimum(accepted, new),
@@ -437,7 +440,7 @@ def _speculate(
         combine=combine,
         rows=rows,
         length=length,
-        keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+        keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32)),
         eos=jnp.array(configs[0].eos_ids, jnp.int32),
         filler=~prompts.mask.any(axis=1),
         temperature=temperature,
@@ -462,7 +465,7 @@ def _speculate(
         logps=jnp.zeros(shape, jnp.float32),
         ended=jnp.zeros(rows, bool),
         matched=zeros,
-        balance=jnp.zeros(rows),
+        balance=jnp.zeros(rows, jnp.float32),
         rounds=zero,
         steps=zero,
         drafted=zeros,
@@ -475,7 +478,7 @@ def _speculate(
     result = Generation(
         tokens=loop.tokens[:, :max_new_tokens],
         logps=loop.logps[:, :max_new_tokens],
-        mask=jnp.arange(max_new_tokens) < loop.made[:, None],
+        mask=jnp.arange(max_new_tokens, dtype=jnp.int32) < loop.made[:, None],
         ended=loop.ended,
     )
     return Speculation(result, loop.rounds, loop.steps, loop.drafted, loop.accepted)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "SIZES",
@@ -18,6 +19,7 @@ __all__ = [
     "cut",
     "even",
     "fold",
+    "indices",
     "loop",
     "moves_bits",
     "rounded",
@@ -126,6 +128,16 @@ def even(size: int, width: int) -> int:
     return math.ceil(size / count)
 
 
+def _start(index: Array, width: int) -> Array:
+    """Of a block, in 32 bits: an index has 64 where JAX's numbers do, and they do not mix."""
+    return index.astype(jnp.int32) * width
+
+
+def indices(*starts: Start) -> Sequence[Any]:
+    """Starts along several axes as XLA wants them, all of one type."""
+    return [np.int32(x) if isinstance(x, int) else x for x in starts]
+
+
 def loop(size: int, width: int, body: Callable[[Start, int, T], T], carry: T) -> T:
     """Goes through the blocks of an axis.
 
@@ -140,7 +152,7 @@ def loop(size: int, width: int, body: Callable[[Start, int, T], T], carry: T) ->
     if count == 1:
         carry = body(0, width, carry)
     else:
-        carry = jax.lax.fori_loop(0, count, lambda i, c: body(i * width, width, c), carry)
+        carry = jax.lax.fori_loop(0, count, lambda i, c: body(_start(i, width), width, c), carry)
     if left:
         # Not a constant: else the compiler cuts the last block out before it is needed.
         start, carry = jax.lax.optimization_barrier((jnp.int32(size - left), carry))
@@ -178,7 +190,7 @@ def fold(
     late = jax.default_backend() == "cpu"
 
     def add(index: Array, total: Any) -> Any:
-        part = block(index * width, width)
+        part = block(_start(index, width), width)
         return jax.tree.map(join, total, part if late else rows(part))
 
     if count == 1:

@@ -72,7 +72,7 @@ def _values(settings: Settings, student: Head, teacher: Teacher, rest: Any) -> t
         _, (_, *values) = _logits(settings, student.pick(pick), teacher.pick(pick), rest)
         return carry, tuple(values)
 
-    losses, z_losses = jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1]
+    losses, z_losses = jax.lax.scan(chunk, None, jnp.arange(settings.chunks, dtype=jnp.int32))[1]
     return settings.merge(losses.T), settings.merge(z_losses.T)
 
 
@@ -95,7 +95,7 @@ def _values_and_grads(
     hidden = jnp.zeros((settings.rows, settings.chunks, weight.shape[axis]), student.hidden.dtype)
     total = split(jnp.zeros(weight.shape, jnp.float32), 1 - axis, settings.shards)
     total, hidden, _ = alike_mapped(total, hidden, student)
-    indices = jnp.arange(settings.chunks)
+    indices = jnp.arange(settings.chunks, dtype=jnp.int32)
     (total, hidden), (losses, z_losses) = jax.lax.scan(chunk, (total, hidden), indices)
     total = total.reshape(weight.shape).astype(weight.dtype)
     values = settings.merge(losses.T), settings.merge(z_losses.T)
@@ -188,7 +188,7 @@ def _total_forward(
 
 def _total_backward(_: Settings, kept: Any, cotangents: tuple[Array, Array]) -> Any:
     (grads, values), scale = kept, cotangents[0]
-    grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: (scale * g.astype(jnp.float32)).astype(g.dtype), grads)
     return grads, None, None, scale * values
 
 
@@ -377,10 +377,10 @@ def chunked_top_k(
         scores = allowed(scores / scale, vocab_mask, -jnp.inf)
         norm = log_sum(scores, None)
         top, ids = jax.lax.top_k(scores, k)
-        others = scores.at[jnp.arange(scores.shape[0])[:, None], ids].set(-jnp.inf)
+        others = scores.at[jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None], ids].set(-jnp.inf)
         return None, TopK(ids, top - norm[:, None], log_sum(others, None) - norm)
 
-    kept = jax.lax.scan(chunk, None, jnp.arange(settings.chunks))[1]
+    kept = jax.lax.scan(chunk, None, jnp.arange(settings.chunks, dtype=jnp.int32))[1]
 
     def joined(x: Array) -> Array:
         return settings.merge(jnp.moveaxis(x, 0, 1)).reshape(*shape, *x.shape[2:])

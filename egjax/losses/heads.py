@@ -189,11 +189,13 @@ class Ratio:
             best: float32[...], the highest logit of πᴸ; asked where there is a plausible set.
         """
         if self.clip is not None and offset is not None:
-            ratio = jnp.clip(ratio - offset[..., None], -self.clip, self.clip)
-        scores = large + self.alpha * ratio
+            clip = jnp.asarray(self.clip, jnp.float32)
+            ratio = jnp.clip(ratio - offset[..., None], -clip, clip)
+        scores = large + jnp.asarray(self.alpha, jnp.float32) * ratio
         if self.plausible is None or best is None:
             return scores
-        return jnp.where(large >= best[..., None] + jnp.log(self.plausible), scores, -jnp.inf)
+        least = best[..., None] + jnp.log(jnp.asarray(self.plausible, jnp.float32))
+        return jnp.where(large >= least, scores, -jnp.inf)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=[])
@@ -244,7 +246,7 @@ class TopK:
         """See `Teacher`."""
 
         def scores(student: Array) -> Array:
-            rows = jnp.arange(student.shape[0])[:, None]
+            rows = jnp.arange(student.shape[0], dtype=jnp.int32)[:, None]
             others = allowed(student / temperature, vocab_mask, -jnp.inf)
             others = others.at[rows, self.ids].set(-jnp.inf)
             tail = self.tail.astype(jnp.float32)

@@ -15,6 +15,7 @@ from egjax.losses.blocks import (
     columns_at_once,
     cut,
     even,
+    indices,
     loop,
     moves_bits,
     rounded,
@@ -89,8 +90,8 @@ class Place:
         row = self.count + self.halves * self.piece + offset
         return Slot(row, row + self.piece)
 
-    def _at(self, row: Start, column: Start) -> tuple[Start, Start]:
-        return (column, row) if self.tied else (row, column)
+    def _at(self, row: Start, column: Start) -> Sequence[Any]:
+        return indices(column, row) if self.tied else indices(row, column)
 
     def _cut(self, place: Array, row: Start, rows: int, column: Start, width: int) -> Array:
         shape = (width, rows) if self.tied else (rows, width)
@@ -293,7 +294,7 @@ def keep(
                 return place.finish(kept, grads, slot, start)
 
             kept = loop(vocabulary, sizes().turned // rows, turn, kept)
-            at = (0, first + offset)
+            at = indices(0, first + offset)
             return kept, jax.lax.dynamic_update_slice(values, jnp.stack(found), at)
 
         return loop(tokens, rows, chunk, (kept, values))

@@ -60,6 +60,11 @@ def _f32(x: Array) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
+def _per_token(total: Array, length: Array) -> Array:
+    """A mean of a completion; 0 for an empty one."""
+    return total / jnp.maximum(_f32(length), 1.0)
+
+
 def _log_ratio(policy: Array, ref: Array) -> Array:
     return _f32(policy) - jax.lax.stop_gradient(_f32(ref))
 
@@ -246,8 +251,8 @@ def ipo(
         _log_ratio(rejected, ref_rejected),
     )
     if lengths is not None:
-        chosen_ratio = chosen_ratio / jnp.maximum(lengths[0], 1)
-        rejected_ratio = rejected_ratio / jnp.maximum(lengths[1], 1)
+        chosen_ratio = _per_token(chosen_ratio, lengths[0])
+        rejected_ratio = _per_token(rejected_ratio, lengths[1])
     margin = chosen_ratio - rejected_ratio
     return (margin - 1 / (2 * tau)) ** 2, _metrics(chosen, rejected, margin)
 
@@ -301,8 +306,7 @@ def simpo(
         float32[...] and `Metrics`, whose margin is without γ.
     """
     margin = beta * (
-        _f32(chosen) / jnp.maximum(chosen_length, 1)
-        - _f32(rejected) / jnp.maximum(rejected_length, 1)
+        _per_token(_f32(chosen), chosen_length) - _per_token(_f32(rejected), rejected_length)
     )
     return -jax.nn.log_sigmoid(margin - gamma), _metrics(chosen, rejected, margin)
 
@@ -335,8 +339,8 @@ def length_normalised_dpo(
         float32[...] and `Metrics`.
     """
     margin = beta * (
-        _log_ratio(chosen, ref_chosen) / jnp.maximum(chosen_length, 1)
-        - _log_ratio(rejected, ref_rejected) / jnp.maximum(rejected_length, 1)
+        _per_token(_log_ratio(chosen, ref_chosen), chosen_length)
+        - _per_token(_log_ratio(rejected, ref_rejected), rejected_length)
     )
     return -jax.nn.log_sigmoid(margin), _metrics(chosen, rejected, margin)
 
@@ -398,4 +402,4 @@ def rpo(
         float32[...] and `Metrics`.
     """
     loss, metrics = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    return loss - nll_weight * _f32(chosen) / jnp.maximum(chosen_length, 1), metrics
+    return loss - nll_weight * _per_token(_f32(chosen), chosen_length), metrics

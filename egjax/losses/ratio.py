@@ -48,12 +48,13 @@ def behaviour_ratio(
     small = (finite(masked_log_softmax(x, vocab_mask)) for x in (expert, anti_expert))
     ratio = jnp.subtract(*small)
     if clip is not None:
+        clip = jnp.asarray(clip, jnp.float32)
         ratio = jnp.clip(ratio, -clip, clip)
-    scores = base + alpha * ratio
+    scores = base + jnp.asarray(alpha, jnp.float32) * ratio
     # The masks go in before the normalisation: Z̄ is a sum over the tokens that stay.
     scores = jnp.where(large == -jnp.inf, -jnp.inf, scores)
     if plausible is not None:
-        threshold = base.max(-1, keepdims=True) + jnp.log(plausible)
+        threshold = base.max(-1, keepdims=True) + jnp.log(jnp.asarray(plausible, jnp.float32))
         scores = jnp.where(base >= threshold, scores, -jnp.inf)
     if vocab_mask is not None:
         scores = jnp.where(vocab_mask, scores, -jnp.inf)

@@ -94,7 +94,8 @@ class Rows(NamedTuple):
         student = allowed(logits / self.temperature, mask, NEVER)
         student = student - beside(self.norms[0], logits)
         if not callable(self.teacher):
-            right = beside(self.teacher, logits) == cut(self.columns, start, width)
+            targets = beside(self.teacher.astype(jnp.int32), logits)
+            right = targets == cut(self.columns, start, width)
             return student, jnp.where(right, 0.0, -jnp.inf)
         teacher = allowed(self.teacher(start, width) / self.temperature, mask, -jnp.inf)
         return student, teacher - beside(self.norms[1], logits)
@@ -149,7 +150,7 @@ def measure(
     alone = sizes().alone // (tokens * shards)
     both = summed // (tokens * shards) if callable(teacher) else alone
     mask = None if vocab_mask is None else split(vocab_mask, 0, shards)
-    columns = split(jnp.arange(settings.vocabulary), 0, shards)
+    columns = split(jnp.arange(settings.vocabulary, dtype=jnp.int32), 0, shards)
     zero = jnp.zeros(())
     rows = Rows(teacher, (zero, zero), zero, columns, mask, temperature)
 

@@ -35,6 +35,7 @@ def sft(
     Returns:
         float32[..., T], 0 where the mask is False.
     """
+    weights = jnp.asarray(weights, jnp.float32)
     return jnp.where(mask, -weights * token_logps(logits, targets, vocab_mask), 0.0)
 
 

@@ -233,12 +233,12 @@ def test_a_ratio_that_means_nothing_is_refused(options):
         ratio_combine(**options)
 
 
-def test_64_bit_numbers_change_nothing(model):
+def test_64_bit_numbers_and_strict_promotion_change_nothing(model):
     prompts = pad_prompts(PROMPTS, pad_id=0, bucket=8)
     options = {"max_new_tokens": 6, "temperature": 0.0}
     plain = generate([model], prompts, KEY, **options)
     drafted = speculate([model, model], prompts, KEY, draft=1, combine=first, **options)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         wide = generate([model], prompts, KEY, **options)
         both = speculate([model, model], prompts, KEY, draft=1, combine=first, **options)
     assert wide.tokens.tolist() == plain.tokens.tolist()

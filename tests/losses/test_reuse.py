@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from egjax import losses
-from egjax.losses import Head, Targets, chunked_loss, chunked_token_logps, forward_kl_terms
+from egjax.losses import Head, Ratio, Targets, chunked_loss, chunked_token_logps, forward_kl_terms
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
@@ -98,8 +98,35 @@ def test_no_token_costs_nothing():
     assert chunked_token_logps(head, targets).shape == (0,)
 
 
-def test_strict_promotion():
-    hidden, matrix, targets = case(4)
-    with jax.numpy_dtype_promotion("strict"):
-        each = losses.sft(hidden @ matrix, targets, jnp.ones(4, bool))
-        assert losses.masked_mean(each, jnp.ones(4, bool)) > 0
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_strict_promotion_and_64_bits_change_nothing(dtype, wide):
+    cases = [case(64, width) for width in (16, 96)]  # a few at a time, in the gradient's place
+    mask = jnp.array([True, True, True, False] * 16)
+
+    def everything():
+        found = []
+        for hidden, matrix, targets in cases:
+            student, expert, anti = (
+                Head((seed * hidden).astype(dtype), matrix.astype(dtype)) for seed in (1, 2, 3)
+            )
+            teacher = Ratio(student, expert, anti, alpha=0.5, clip=np.log(2.0), plausible=0.1)
+
+            def loss(head, teacher=teacher, targets=targets):
+                logits = head.hidden @ head.unembedding
+                some = losses.sft(logits, targets, mask, 0.5)
+                logps = chunked_token_logps(head, targets).reshape(4, 16).sum(-1)
+                length = mask.reshape(4, 16).sum(-1)
+                pair = (logps[:2], logps[2:], length[:2], length[2:])
+                kl, _ = chunked_loss(head, teacher, 1.0, terms=losses.reverse_kl_terms)
+                return losses.masked_mean(some, mask) + losses.simpo(*pair)[0].sum() + kl
+
+            found += [*jax.tree.leaves(jax.value_and_grad(loss)(student))]
+        return found
+
+    plain = everything()
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+        strict = everything()
+    for ours, theirs in zip(plain, strict, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
