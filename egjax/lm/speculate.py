@@ -252,10 +252,9 @@ class _Decoder:
         is_end = (tokens[..., None] == self.eos).any(-1) | hits
         ends = is_end.astype(jnp.int32)
         before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
-        kept = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < number[:, None]) & (before == 0)
-        kept &= self.going(loop)[:, None]
-        at = loop.made[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        kept &= at < self.max_new_tokens
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        kept = (places < number[:, None]) & (before == 0)
+        kept &= self.going(loop)[:, None] & (loop.made[:, None] + places < self.max_new_tokens)
         new = kept.sum(axis=1, dtype=jnp.int32)
         # By place in the result, elementwise: a scatter costs the CPU a loop.
         offset = jnp.arange(loop.tokens.shape[1], dtype=jnp.int32) - loop.made[:, None]
