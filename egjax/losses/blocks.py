@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 __all__ = [
     "SIZES",
@@ -135,7 +134,8 @@ def _start(index: Array, width: int) -> Array:
 
 def indices(*starts: Start) -> Sequence[Any]:
     """Starts along several axes as XLA wants them, all of one type."""
-    return [np.int32(x) if isinstance(x, int) else x for x in starts]
+    number = jnp.dtype("int32").type  # NumPy's: one of JAX's would be computed by the program
+    return [number(x) if isinstance(x, int) else x for x in starts]
 
 
 def loop(size: int, width: int, body: Callable[[Start, int, T], T], carry: T) -> T:
