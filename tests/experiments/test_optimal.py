@@ -80,3 +80,12 @@ def test_rates_are_told_while_batches_run(monkeypatch):
 def test_telling_is_for_comparison_only():
     with pytest.raises(EgjaxError, match="go with --tasks"):
         collect.main(collect.Config(told=True))
+
+
+@pytest.mark.parametrize(("other", "peers"), [(None, {"E2WM", "E2WM, one core"}), ("a_1", set())])
+def test_a_peer_stands_beside_its_own_tasks_only(other, peers):
+    names = sorted(collect._E2WM_TASKS)
+    names[-1] = other or names[-1]
+    reports = [collect.SearchedTask(name, "Work", 1, 1, True, 1, 1, 1, 0.1) for name in names]
+    rows = collect.figures([collect.Found(report, [], None, 9, 0.1) for report in reports])
+    assert {row.peer for row in rows if row.peer} == peers
