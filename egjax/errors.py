@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 from types import ModuleType
 from typing import ClassVar
 
-__all__ = ["EgjaxError", "NotFiniteError", "check_range", "require"]
+__all__ = ["EgjaxError", "NotFiniteError", "check_range", "require", "seconds_from"]
 
 
 class EgjaxError(Exception):
@@ -54,6 +56,24 @@ def check_range(value: float | None, interval: str, *, where: str) -> None:
     below = value <= high if interval[-1] == "]" else value < high
     if not (above and below):
         raise EgjaxError(f"{value} is not in {interval}", where=where)
+
+
+def seconds_from(variable: str, default: float) -> float:
+    """Seconds that an environment variable sets, else the default.
+
+    Raises:
+        EgjaxError: it is set to something else than seconds.
+    """
+    text = os.environ.get(variable)
+    if not text:
+        return float(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise EgjaxError(f"{text!r} is no number of seconds", where=variable, remedy="e.g. 300")
+    return seconds
 
 
 def require(module: str, extra: str) -> ModuleType:

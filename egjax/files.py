@@ -40,6 +40,7 @@ __all__ = [
 
 _STALLED = 60.0  # seconds without a byte after which a request is made anew; TensorStore's, too
 _REMOTE = re.compile(r"gs:/{1,2}(?=[^/])")  # pathlib takes one of the two away
+_OTHER = re.compile(r"(?!gs:)[a-z][a-z0-9+]+:/")  # s3://, hdfs://, file:///
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
@@ -51,9 +52,13 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     """A path to work with: pathlib's, of a place in a bucket epath's.
 
     Raises:
-        EgjaxError: a library for buckets is not installed.
+        EgjaxError: a library for buckets is not installed, or it is in another kind of storage.
     """
     text = os.fspath(place)
+    if _OTHER.match(text):
+        raise EgjaxError(
+            "only gs:// is known beside folders", where=text, remedy="mount it, and name the folder"
+        )
     if not is_remote(text):
         return Path(text)
     return cast(Path, _libraries()[0].Path(_REMOTE.sub("gs://", text)))
@@ -116,7 +121,7 @@ def here(place: str | os.PathLike[str], what: str) -> Path:
         what: the option, for the error.
 
     Raises:
-        EgjaxError: it is in a bucket.
+        EgjaxError: it is in a bucket, or in another kind of storage.
     """
     if is_remote(place):
         raise EgjaxError(
@@ -124,7 +129,7 @@ def here(place: str | os.PathLike[str], what: str) -> Path:
             where=f"{what} {_REMOTE.sub('gs://', os.fspath(place))}",
             remedy="copy it with gcloud storage cp, or mount the bucket",
         )
-    return Path(place)
+    return as_path(place)
 
 
 def check_reach(place: Path) -> None:

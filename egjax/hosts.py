@@ -29,17 +29,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed  # the key-value store has no public name
 from jax._src.clusters import ClusterEnv
 
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, seconds_from
 
 __all__ = [
     "LOST",
     "Agreed",
+    "MissingError",
     "abandon",
     "agree",
     "barrier",
@@ -48,24 +49,38 @@ __all__ = [
     "find",
     "finish",
     "index",
+    "patience",
     "rendezvous",
+    "silence",
     "start_hosts",
     "unlike",
     "wait_for_verdict",
 ]
 
-LOST = 3
-"""Exit code of a process that leaves because another one failed or is gone."""
+LOST = 4
+"""Exit code where another process is missing or gone: the same command may well go on."""
 
 PREFLIGHT = 60.0
 """Seconds in which all processes have to be there and alike."""
-STAGE = float(os.environ.get("EGJAX_PATIENCE") or 12 * 3600)
-"""Seconds that a barrier waits while another process works, `EGJAX_PATIENCE`; one that dies is
-noticed before."""
-SILENCE = float(os.environ.get("EGJAX_SILENCE") or 60.0)
-"""Seconds without a sign of life after which a process counts as gone; `EGJAX_SILENCE` sets it."""
 _BEAT = 2.0  # seconds between two signs of life
 _PACKAGES = ("egjax", "jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "orbax-checkpoint")
+
+
+def patience() -> float:
+    """Seconds that a barrier waits while another process works, `EGJAX_PATIENCE`; one that dies is
+    noticed before."""
+    return seconds_from("EGJAX_PATIENCE", 12 * 3600)
+
+
+def silence() -> float:
+    """Seconds without a sign of life after which a process counts as gone, `EGJAX_SILENCE`."""
+    return seconds_from("EGJAX_SILENCE", 60)
+
+
+class MissingError(EgjaxError):
+    """A process is not there."""
+
+    exit_code: ClassVar[int] = LOST
 
 
 class Place(NamedTuple):
@@ -166,8 +181,9 @@ def start_hosts(
         The index of this process. What is None is found out, see `find`.
 
     Raises:
-        EgjaxError: the arguments are incomplete, a process is missing, or one has other code, other
-            library versions or fewer devices.
+        MissingError: a process is missing.
+        EgjaxError: the arguments are incomplete, or a process has other code, other library
+            versions or fewer devices.
     """
     global _job
     if None in (coordinator, hosts, index):
@@ -182,6 +198,10 @@ def start_hosts(
         )
     if not 0 <= index < hosts:
         raise EgjaxError(f"process index {index} of {hosts}", remedy="indices run from 0")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise EgjaxError(
+            f"{coordinator!r} names no port", remedy="say host:port, e.g. 10.0.0.1:8476"
+        )
     if hosts == 1:
         return 0
     names = rendezvous(coordinator, hosts, index, mine or facts(), timeout_s)
@@ -299,7 +319,8 @@ def rendezvous(
         Name of every process' host.
 
     Raises:
-        EgjaxError: the verdict, the same on every process that is there.
+        MissingError: a process did not come in time.
+        EgjaxError: they differ; the verdict is the same on every process that is there.
     """
     name = socket.gethostname()
     report = {"index": index, "hosts": hosts, "host": name, "facts": dict(mine)}
@@ -310,7 +331,8 @@ def rendezvous(
     else:
         verdict = _send(address, int(port), report, deadline, coordinator)
     if verdict["wrong"]:
-        raise EgjaxError(verdict["wrong"], remedy=verdict["remedy"])
+        error = MissingError if verdict["missing"] else EgjaxError
+        raise error(verdict["wrong"], remedy=verdict["remedy"])
     return verdict["names"]
 
 
@@ -345,7 +367,12 @@ def _verdict(reports: dict[int, dict[str, Any]], hosts: int) -> dict[str, Any]:
     listed = known.split(",") if len(known.split(",")) == hosts else ["host unknown"] * hosts
     names = [reports[i]["host"] if i in reports else listed[i] for i in range(hosts)]
     missing = [i for i in range(hosts) if i not in reports]
-    if missing:
+    beyond = [i for i in sorted(reports) if i >= hosts]
+    if beyond:
+        told = (f"process {i} ({reports[i]['host']}) counts {reports[i]['hosts']}" for i in beyond)
+        wrong = f"{', '.join(told)} processes, process 0 ({names[0]}) counts {hosts}"
+        remedy = "set EGJAX_PROCESSES alike on every host"
+    elif missing:
         there = ", ".join(f"{i} ({names[i]})" for i in sorted(reports))
         told = ", ".join(f"process {i} ({names[i]})" for i in missing)
         wrong = f"missing: {told}; there: {there}"
@@ -356,7 +383,12 @@ def _verdict(reports: dict[int, dict[str, Any]], hosts: int) -> dict[str, Any]:
         ]
         wrong = unlike(every, names)
         remedy = "install the same commit and versions everywhere: tpu_scripts/setup.sh"
-    return {"wrong": wrong, "remedy": remedy, "names": names}
+    return {
+        "wrong": wrong,
+        "remedy": remedy,
+        "names": names,
+        "missing": bool(missing) and not beyond,
+    }
 
 
 def _send(
@@ -374,7 +406,7 @@ def _send(
         except (OSError, ValueError):
             pass
         time.sleep(0.5)
-    raise EgjaxError(
+    raise MissingError(
         f"missing: process 0, which has to answer at {coordinator}",
         remedy="start the same command there, and let this host reach that port",
     )
@@ -383,7 +415,9 @@ def _send(
 # --- meeting ------------------------------------------------------------------------------------
 
 
-def agree(name: str, value: str = "", *, gather: bool = False, timeout_s: float = STAGE) -> Any:
+def agree(
+    name: str, value: str = "", *, gather: bool = False, timeout_s: float | None = None
+) -> Any:
     """All processes meet, and learn what process 0 says; every process has to call it.
 
     Signals are handled while it waits, and a process that dies ends the wait, see `_watch`.
@@ -392,7 +426,7 @@ def agree(name: str, value: str = "", *, gather: bool = False, timeout_s: float 
         name: of the place, for the error.
         value: what process 0 says; of the others it is passed over.
         gather: return what each process says, in their order, instead.
-        timeout_s: seconds to wait.
+        timeout_s: seconds to wait, `patience()` by default.
 
     Raises:
         EgjaxError: naming the processes that did not come in time.
@@ -400,6 +434,8 @@ def agree(name: str, value: str = "", *, gather: bool = False, timeout_s: float 
     job = _job
     if job is None:
         return [value] if gather else value
+    if timeout_s is None:
+        timeout_s = patience()
     job.turn += 1
     key, deadline = f"egjax/meet/{job.turn}", time.monotonic() + timeout_s
     job.put(f"{key}/at/{job.index}", json.dumps([name, value]))
@@ -433,7 +469,7 @@ def _absent(job: _Job, here: Mapping[str, str], name: str, timeout_s: float) -> 
     return f"{late} did not reach {name!r} within {timeout_s:.0f} s"
 
 
-def barrier(name: str, *, timeout_s: float = STAGE) -> None:
+def barrier(name: str, *, timeout_s: float | None = None) -> None:
     """Waits until all processes are here, see `agree`."""
     agree(name, timeout_s=timeout_s)
 
@@ -533,8 +569,8 @@ def _listen(job: _Job, beats: dict[int, tuple[str, int]]) -> None:
         value = signs.get(str(who), "")  # one that died before its first sign counts as well
         last, looks = beats.get(who, ("", 0))
         beats[who] = (value, looks + 1 if value == last else 0)
-        if beats[who][1] * _BEAT > SILENCE:
-            _tell(job, who, LOST, f"{job.name(who)} gave no sign of life for {SILENCE:.0f} s")
+        if beats[who][1] * _BEAT > silence():
+            _tell(job, who, LOST, f"{job.name(who)} gave no sign of life for {silence():.0f} s")
 
 
 def _tell(job: _Job, who: int, code: int, line: str) -> None:
@@ -543,7 +579,7 @@ def _tell(job: _Job, who: int, code: int, line: str) -> None:
 
 
 def _follow(job: _Job, who: int, code: int, line: str) -> None:
-    """Leaves because another process does."""
+    """Leaves because another process does, with its code where a person has to look (2, 3)."""
     if code > 128:  # it was asked to stop: let this process unwind, too
         os.kill(os.getpid(), signal.SIGTERM)
         if job.leaving.wait(30.0):
@@ -551,7 +587,7 @@ def _follow(job: _Job, who: int, code: int, line: str) -> None:
     _say(f"error: {line} (this process leaves; the same command goes on from what was saved)")
     if job.index == 0:  # the others read the news here
         time.sleep(3 * _BEAT)
-    os._exit(code if code > 128 else LOST)
+    os._exit(code)
 
 
 def _explain_abort(job: _Job, coordinator: str) -> None:
@@ -589,7 +625,7 @@ def wait_for_verdict() -> None:
     If one is gone, the watch tells which and ends this process.
     """
     if _job is not None:
-        time.sleep(SILENCE + 4 * _BEAT)
+        time.sleep(silence() + 4 * _BEAT)
 
 
 def finish() -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import resource
+import secrets
 import select
 import signal
 import sys
@@ -48,7 +49,7 @@ from egjax.files import (
 )
 from egjax.train.signals import StopFlag
 from egjax.train.writers import WRITERS, check_writers
-from experiments.lease import BusyError, leased, watched
+from experiments.lease import BusyError, leased, silence, watched
 
 __all__ = [
     "PARTS",
@@ -79,6 +80,8 @@ PARTS = "parts"
 """Folder in a stage's directory for what is needed until the stage is finished, see `divided`."""
 _ANYWHERE = ("run", "out")  # options of places that may be in a bucket
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STALE = 10.0  # seconds that a shared file system may show another host what was there before
+_TWICE = 2.0  # seconds in which a second SIGTERM is the first one, sent by both Slurm and the shell
 _AGAIN = 0.05  # seconds until a signal that hit a finaliser is sent again
 _YOUNG = 10_000  # new objects until Python looks for garbage cycles among them, 700 by its default
 
@@ -139,8 +142,9 @@ def run_main(
     """Runs an experiment from the command line and leaves with its exit code.
 
     Exit codes: what `main` returns (None counts as 0) · 2 for what the user can mend, told in one
-    line · 3 for a training step that gave NaN or Inf, or where another process of the job failed or
-    is gone · 130 after Ctrl-C, 143 after SIGTERM · 141 where the reader of our output went away.
+    line · 3 for a training step that gave NaN or Inf · 4 where another process of the job is
+    missing or gone · 130 after Ctrl-C, 143 after SIGTERM · 141 where the reader of our output went
+    away.
 
     With `EGJAX_MULTI_HOST=1` the processes of a multi-host job are connected first, with `auto`
     where there is such a job (a TPU pod, Slurm, Open MPI); process 0 alone prints results. With
@@ -174,6 +178,7 @@ def run_main(
         options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
         _check_seeds(options)
+        hosts.patience(), hosts.silence(), silence()  # told before any work
         check_writers(getattr(options, "log_to", ()))
         _join()  # has to come before JAX looks for devices
         note(_machine_line())
@@ -243,11 +248,11 @@ def _places(config: C, name: str = "") -> C:
         value, option = getattr(config, field.name), f"{name}{field.name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             new[field.name] = _places(value, f"{option}.")
-        elif isinstance(value, Path) and is_remote(value):
+        elif isinstance(value, Path):
             if option not in _ANYWHERE:
                 here(value, f"--{option.replace('_', '-')}")
             new[field.name] = as_path(value)
-    changed = {key: value for key, value in new.items() if value is not getattr(config, key)}
+    changed = {key: value for key, value in new.items() if value != getattr(config, key)}
     return dataclasses.replace(config, **changed) if changed else config  # type: ignore[type-var]
 
 
@@ -343,18 +348,24 @@ def _command() -> str | None:
 def save_then_stop() -> Iterator[StopFlag]:
     """For loops that save at a step's end: within it the first signal only sets the flag.
 
-    After it the program is stopped as `run_main` says; a second signal stops it at once.
+    After it the program is stopped as `run_main` says; a second signal stops it at once. Slurm, or
+    a machine that shuts down, sends SIGTERM to all processes, and a shell passes it on to its own:
+    a second one so soon is the same.
 
     Yields:
         What `egjax.train.loop.fit` takes as `stop`.
     """
     flag, asked = StopFlag(), []
+    first = 0.0
 
     def ask(signum: int, _frame: object) -> None:
+        nonlocal first
+        if not asked:
+            first = time.monotonic()
+        elif signum != signal.SIGTERM or time.monotonic() - first > _TWICE:
+            _stop(signum, _frame)
         asked.append(signum)
         flag.ask()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     before = {number: signal.signal(number, ask) for number in _SIGNALS}
     try:
@@ -585,14 +596,9 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
         EgjaxError: it is no run directory.
         BusyError: another run is at work in it.
     """
+    held_by = run_dir / (f"{_MARKER}-{part}" if part else _MARKER)
     if hosts.index() > 0:  # process 0 opens it for all, on a file system that all of them see
-        hosts.barrier(f"opening {run_dir}")
-        if not (run_dir / _MARKER).exists():
-            raise EgjaxError(
-                "process 0 has opened it, this one does not see it",
-                where=str(run_dir),
-                remedy="let the run directory be on a file system that all hosts share",
-            )
+        _check_shared(run_dir, held_by, hosts.agree(f"opening {run_dir}"))
         with watched(run_dir, _MARKER) if is_remote(run_dir) else contextlib.nullcontext():
             yield run_dir
         return
@@ -618,8 +624,27 @@ def open_run(run_dir: Path, *, fresh: bool = False, part: str = "") -> Iterator[
             for entry in list(run_dir.iterdir()):
                 if entry.name != _MARKER:
                     delete(entry)
-        hosts.barrier(f"opening {run_dir}")
+        hosts.agree(f"opening {run_dir}", "" if is_remote(run_dir) else held_by.read_text())
         yield run_dir
+
+
+def _check_shared(run_dir: Path, held_by: Path, holder: str) -> None:
+    """Refuses a directory in which process 0 is not at work: one of this host's own, of its name.
+
+    Args:
+        run_dir: as this process sees it.
+        held_by: the file that process 0 holds.
+        holder: what it has written there; "" in a bucket, which is one for all.
+    """
+    deadline = time.monotonic() + _STALE
+    while holder and not (held_by.exists() and held_by.read_text() == holder):
+        if time.monotonic() > deadline:
+            raise EgjaxError(
+                "process 0 has opened it, this one does not see it",
+                where=str(run_dir),
+                remedy="let the run directory be on a file system that all hosts share",
+            )
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -631,14 +656,15 @@ def _locked(path: Path, run_dir: Path, *, shared: bool = False) -> Iterator[None
         except BlockingIOError:
             lock.seek(0)
             raise BusyError(
-                f"another run is at work here (process {lock.read().strip() or 'unknown'})",
+                f"another run is at work here (process {lock.read().split(',')[0] or 'unknown'})",
                 where=str(run_dir),
                 remedy="wait for it or name another directory",
             ) from None
         if not shared:
             lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
+            lock.write(f"{os.getpid()}, {secrets.token_hex(8)}\n")
             lock.flush()
+            os.fsync(lock.fileno())  # other hosts of the job look at it
         yield
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from egjax import hosts
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, seconds_from
 from egjax.evals.manifest import write_atomic
 
-__all__ = ["BusyError", "leased", "watched"]
+__all__ = ["BusyError", "leased", "silence", "watched"]
 
 BEAT = 5.0
 """Seconds between two signs of life of a run in a bucket."""
@@ -27,18 +27,21 @@ PATIENCE = 30.0
 """Seconds without one after which the run counts as dead."""
 SETTLE = 1.0
 """Seconds after which of two runs that began at once the one that wrote last is seen by both."""
-SILENCE = float(os.environ.get("EGJAX_BUCKET_SILENCE") or 300.0)
-"""Seconds without an answer of the bucket after which a run in it ends; `EGJAX_BUCKET_SILENCE`.
-
-Not a limit on how long a checkpoint may take: it is small requests beside it that go unanswered.
-The libraries try each request again by themselves, gcsfs for half a minute and TensorStore for a
-quarter of an hour, and what waits for them waits in turn. Five minutes outlive a storage that
-falters, and are about what a pod should wait for one that is gone.
-"""
 
 
 class BusyError(EgjaxError):
     """Another process is at work in a run directory."""
+
+
+def silence() -> float:
+    """Seconds without an answer of the bucket after which a run in it ends; `EGJAX_BUCKET_SILENCE`.
+
+    Not a limit on how long a checkpoint may take: it is small requests beside it that go
+    unanswered. The libraries try each request again by themselves, gcsfs for half a minute and
+    TensorStore for a quarter of an hour, and what waits for them waits in turn. Five minutes
+    outlive a storage that falters, and are about what a pod should wait for one that is gone.
+    """
+    return seconds_from("EGJAX_BUCKET_SILENCE", 300)
 
 
 @contextlib.contextmanager
@@ -101,7 +104,7 @@ def watched(run_dir: Path, marker: str) -> Iterator[None]:
 def _answering(run_dir: Path, beat: Callable[[], None], last: Callable[[], None]) -> Iterator[None]:
     """Asks the bucket for something every few seconds, and at the end for one thing more.
 
-    Where it does not answer for `SILENCE` the process leaves, and those of its job leave with it,
+    Where it does not answer for `silence()` the process leaves, and those of its job leave with it,
     whatever they wait for: a checkpoint, a file, each other, or threads that keep Python alive.
     """
     over, answered = threading.Event(), threading.Event()
@@ -121,9 +124,9 @@ def _answering(run_dir: Path, beat: Callable[[], None], last: Callable[[], None]
         nonlocal looks
         while not answered.wait(BEAT):
             looks += 1
-            if looks * BEAT > SILENCE:
+            if looks * BEAT > silence():
                 error = EgjaxError(
-                    f"the bucket has not answered for {SILENCE:.0f} s{why}",
+                    f"the bucket has not answered for {silence():.0f} s{why}",
                     where=str(run_dir),
                     remedy="once it answers the same command goes on from what was saved",
                 )

@@ -289,6 +289,67 @@ print("not reached")
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(("pause", "saves"), [(0.0, True), (1.0, False)])
+def test_a_second_sigterm_is_the_first_one_where_it_follows_at_once(script, tmp_path, pause, saves):
+    """Slurm sends one to each process, and the shell passes its own on."""
+    body = """
+common._TWICE = 0.5
+with common.save_then_stop() as stop:
+    print("ready", flush=True)
+    while not stop:
+        pass
+    print("asked", flush=True)
+    begun = time.monotonic()
+    while time.monotonic() < begun + 3:  # a step's end, then the save
+        pass
+    Path("saved").touch()
+"""
+    process = script(body)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(pause)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 143
+    assert err.splitlines()[-1] == "stopped; continue with the same command"
+    assert (tmp_path / "saved").exists() is saves
+
+
+@pytest.mark.parametrize("variable", ["EGJAX_PATIENCE", "EGJAX_SILENCE", "EGJAX_BUCKET_SILENCE"])
+def test_a_time_that_is_no_number_is_told(tmp_path, monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "5m")
+    assert leave(lambda config: 0, tmp_path) == 2
+    assert f"error: {variable}: '5m' is no number of seconds" in capsys.readouterr().err
+
+
+def test_a_directory_of_this_host_alone_is_not_taken_for_the_shared_one(tmp_path, monkeypatch):
+    """Also where an earlier run has left one of that name."""
+    said = []
+    monkeypatch.setattr(common.hosts, "agree", lambda name, text="": said.append(text) or said[0])
+    with common.open_run(tmp_path / "shared"):
+        monkeypatch.setattr(common.hosts, "index", lambda: 1)
+        monkeypatch.setattr(common, "_STALE", 0.1)
+        with common.open_run(tmp_path / "shared"):
+            pass
+        for name in ("shared", "own"):
+            (tmp_path / "mine" / name).mkdir(parents=True)
+            (tmp_path / "mine" / name / ".egjax-run").write_text("7, aaaa\n")
+            with (
+                pytest.raises(EgjaxError, match="does not see it"),
+                common.open_run(tmp_path / "mine" / name),
+            ):
+                pass
+    assert said[0]
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/x", "hdfs:/x"])
+def test_storage_that_is_not_known_is_told(tmp_path, capsys, place):
+    assert leave(lambda config: 0, tmp_path, "--run", place) == 2
+    assert "only gs:// is known beside folders" in capsys.readouterr().err
+    assert not Path(place.split(":")[0] + ":").exists()
+
+
 def test_hosts_are_connected_before_anything_is_asked_of_jax(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(common.hosts, "start_hosts", lambda: order.append("hosts") or 0)

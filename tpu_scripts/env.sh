@@ -18,8 +18,7 @@ case $ACCELERATOR_TYPE in
 esac
 RUNTIME_VERSION=${RUNTIME_VERSION:-$image}
 SPOT=${SPOT:-0}                                        # 1: cheaper, and may be taken away
-RUN_ID=${RUN_ID:-main}                                 # the run directory's name, kept over restarts
-BUCKET=${BUCKET:-}                                     # gs://bucket/folder that keeps runs, optional
+RUN_ID=${RUN_ID:-main}                                 # names the run's process on the workers
 POLL=${POLL:-30}                                       # seconds between two looks
 DRY_RUN=${DRY_RUN:-0}
 
@@ -85,16 +84,12 @@ place() {
   printf '%s\n' "$found"
 }
 
-# Refuses a run that BUCKET would not keep: remote.sh copies runs/RUN_ID and no other folder. A run in
-# a bucket needs no copy.
-check_place() {
-  local where
-  where=$(place "$@")
-  if [[ -z $BUCKET || $where == gs://* ]]; then return; fi
-  case ${where#./}/ in
-    "runs/$RUN_ID/"* | "${RUNS_DIR:-runs}/$RUN_ID/"*) ;;
-    *) fail "BUCKET keeps runs/$RUN_ID, but $1 would write to ${where:-its default folder};" \
-      "add --run runs/$RUN_ID or --run gs://…" ;;
+# Whether that place outlives the slice: a bucket, or the file system that RUNS_DIR names.
+lasting() {
+  case $1 in
+    gs://*) ;;
+    runs/* | ./runs/*) [[ -n ${RUNS_DIR:-} ]] ;;
+    *) [[ -n ${RUNS_DIR:-} && $1 == "$RUNS_DIR"/* ]] ;;
   esac
 }
 

@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
 # What happens on a worker; the other scripts call it there over ssh, and slurm.sh and sky.yaml, too.
-#   remote.sh setup · start RUN_ID BUCKET MODULE [ARGUMENT…] · status RUN_ID · logs RUN_ID · stop RUN_ID
-#   remote.sh here RUN_ID BUCKET MODULE [ARGUMENT…]   in the foreground; leaves with the run's code
+#   remote.sh setup · start RUN_ID MODULE [ARGUMENT…] · status RUN_ID · logs RUN_ID · stop RUN_ID
+#   remote.sh here RUN_ID MODULE [ARGUMENT…]   in the foreground; leaves with the run's code
 # A TPU slice, a Slurm step or one machine by itself: EGJAX_MULTI_HOST=auto finds out. Several hosts
-# need a file system that all of them see: RUNS_DIR is its folder, and `runs` becomes a link to it.
-# Of a run, ~/egjax-runs/RUN_ID.{pid,log,code} say which process, what it printed, how it ended.
+# need a place that all of them see: --run gs://…, or a file system, whose folder is RUNS_DIR, and
+# `runs` becomes a link to it. Of a run, ~/egjax-runs/RUN_ID.{pid,log,code,stop} say which process of
+# which boot, what it printed, how it ended, and that somebody stopped it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 state=${EGJAX_STATE:-$HOME/egjax-runs}
 mkdir -p "$state"
 
-running() { [[ -f $state/$1.pid ]] && kill -0 "$(<"$state/$1.pid")" 2>/dev/null; }
+boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
+
+# Whether the run's process lives; a number from before a reboot may be another process' now.
+running() {
+  local process boot
+  [[ -f $state/$1.pid ]] || return 1
+  read -r process boot <"$state/$1.pid"
+  [[ $boot == "$(boot)" ]] && kill -0 "$process" 2>/dev/null
+}
 
 setup() {
   # The images have Python 3.10; uv brings a Python of its own. Debian 12 and Ubuntu 24.04 guard theirs
@@ -25,46 +34,22 @@ setup() {
   uv pip install --quiet --python .venv/bin/python --no-deps virtualhome-eval==0.1.1
 }
 
-# Copies between the bucket and runs/RUN_ID; only worker 0 writes to the bucket.
-restore() {
+link_runs() {
   if [[ -n ${RUNS_DIR:-} && ! -e runs ]]; then ln -s "$RUNS_DIR" runs; fi
-  if [[ -n $2 ]]; then
-    mkdir -p "runs/$1"
-    # Nothing there yet is no error: the run is new.
-    gcloud storage rsync -r "$2/$1" "runs/$1" || echo "nothing restored from $2/$1"
-  fi
-}
-keep() {
-  if [[ -n $2 && -d runs/$1 && $(worker_number) == 0 ]]; then
-    gcloud storage rsync -r "runs/$1" "$2/$1" || echo "could not copy to $2/$1"
-  fi
-}
-worker_number() {
-  local number=${EGJAX_PROCESS:-${SLURM_PROCID:-${TPU_WORKER_ID:-}}}
-  if [[ -z $number ]]; then
-    number=$(curl -sf -m 5 -H 'Metadata-Flavor: Google' \
-      http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number) ||
-      number=0
-  fi
-  echo "$number"
 }
 
 # The run itself; leaves with its code.
 attend() {
-  local run=$1 bucket=$2 code=0 child keeper
-  shift 2
+  local code=0 child
+  shift
   EGJAX_MULTI_HOST=${EGJAX_MULTI_HOST:-auto} .venv/bin/python -m "$@" &
   child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-  (while sleep 300; do keep "$run" "$bucket"; done) &
-  keeper=$!
   # A signal ends `wait` early; the child then saves and leaves on its own.
   while true; do
     if wait "$child"; then code=0; else code=$?; fi
     kill -0 "$child" 2>/dev/null || break
   done
-  kill "$keeper" 2>/dev/null || true
-  keep "$run" "$bucket"
   return "$code"
 }
 
@@ -76,28 +61,32 @@ work() {
 }
 
 here() {
-  restore "$1" "$2"
+  link_runs
   attend "$@"
 }
 
 start() {
-  local run=$1 bucket=$2
+  local run=$1
   if running "$run"; then
-    echo "run $run is at work (process $(<"$state/$run.pid"))"
+    echo "run $run is at work (process $(cut -d ' ' -f 1 "$state/$run.pid"))"
     return
   fi
-  rm -f "$state/$run.code"
-  restore "$run" "$bucket"
+  rm -f "$state/$run.code" "$state/$run.stop"
+  link_runs
   setsid nohup bash tpu_scripts/remote.sh work "$@" >>"$state/$run.log" 2>&1 </dev/null &
-  echo $! >"$state/$run.pid"
+  echo "$! $(boot)" >"$state/$run.pid"
   echo "run $run started"
 }
 
+# running · ended CODE · lost (asked to stop by nobody here, as by a preemption, or because another
+# process is gone: the same command goes on) · absent
 status() {
+  local code
   if running "$1"; then
     echo running
   elif [[ -f $state/$1.code ]]; then
-    echo "ended $(<"$state/$1.code")"
+    code=$(<"$state/$1.code")
+    if [[ ($code == 143 && ! -f $state/$1.stop) || $code == 4 ]]; then echo lost; else echo "ended $code"; fi
   else
     echo absent
   fi
@@ -106,8 +95,11 @@ status() {
 logs() { tail -n 200 -F "$state/$1.log"; }
 
 stop() {
+  local process
   running "$1" || { echo "run $1 is not at work"; return; }
-  kill -TERM "$(<"$state/$1.pid")"
+  : >"$state/$1.stop"
+  read -r process _ <"$state/$1.pid"
+  kill -TERM "$process"
   for _ in $(seq 120); do
     running "$1" || { echo "run $1 stopped"; return; }
     sleep 1

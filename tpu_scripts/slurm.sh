@@ -21,7 +21,10 @@ EGJAX_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
 export EGJAX_HOSTS EGJAX_STATE=${EGJAX_STATE:-$PWD/runs/.state}
 
 code=0
-srun --kill-on-bad-exit=0 bash tpu_scripts/remote.sh here "$SLURM_JOB_ID" "" "$@" || code=$?
-# 143: asked to stop, all have saved; 3: another node was lost. The same command goes on.
-if [[ $code == 143 || $code == 3 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+srun --kill-on-bad-exit=0 bash tpu_scripts/remote.sh here "$SLURM_JOB_ID" "$@" || code=$?
+# 143: asked to stop, all have saved; 4: another node was lost. The same command goes on. A node that
+# is lost each time, as where memory does not suffice, ends that.
+if [[ $code == 143 || ($code == 4 && ${SLURM_RESTART_COUNT:-0} -lt 10) ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Runs an experiment to its end on a slice that may be taken away: after each preemption the slice is
-# deleted and asked for again, and the run continues under the same RUN_ID (from BUCKET, or in
-# --run gs://…, because the workers' disks go with the slice). Leaves with the run's exit code.
-# Usage: SPOT=1 RUN_ID=… BUCKET=gs://… ./watch.sh experiments.pipeline --run "runs/$RUN_ID" …
+# deleted and asked for again, and the run continues in its place (--run gs://…, because the workers'
+# disks go with the slice). Leaves with the run's exit code.
+# Usage: SPOT=1 [RUN_ID=…] ./watch.sh experiments.pipeline --run gs://bucket/folder …
 source "$(dirname "$0")/env.sh"
 here=$(dirname "$0")
 
-[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./watch.sh experiments.pipeline --run runs/$RUN_ID"
-check_place "$@"
-if [[ $SPOT == 1 && -z $BUCKET && $(place "$@") != gs://* ]]; then
-  fail "SPOT=1 needs BUCKET=gs://… or --run gs://…: the workers' disks go with the slice"
+[[ $# -gt 0 ]] || fail "name the experiment, e.g. ./watch.sh experiments.pipeline --run gs://bucket/folder"
+if [[ $SPOT == 1 ]] && ! lasting "$(place "$@")"; then
+  fail "SPOT=1 needs --run gs://… (or RUNS_DIR, a shared file system): the workers' disks go with the slice"
 fi
+again=10  # restarts of a run that was lost where its slice was not
 
 bring_up() { "$here/create.sh" && "$here/setup.sh" && "$here/run.sh" "$@"; }
 
@@ -49,8 +49,8 @@ while true; do
       try "$@"
       ;;
     there)
-      # running · ended <code> · absent; the run has ended when worker 0's has. Where setup has not
-      # been yet bash finds no script (127); any other failure is a connection's.
+      # running · ended <code> · lost · absent; the run has ended when worker 0's has. Where setup has
+      # not been yet bash finds no script (127); any other failure is a connection's.
       answer=$(WORKER=0 on_workers status "$RUN_ID" 2>/dev/null) || case $? in
         127) answer=absent ;;
         *) answer=unknown ;;
@@ -59,6 +59,15 @@ while true; do
         "ended "*)
           say "run $RUN_ID: $answer"
           exit "${answer#ended }"
+          ;;
+        lost)
+          # The slice may be about to go, or have come back: seen by the next look.
+          sleep "$POLL"
+          if [[ $(slice) == there ]]; then
+            ((again-- > 0)) || fail "run $RUN_ID was lost again and again; see logs.sh"
+            say "$(date -u +%FT%TZ) run $RUN_ID was lost, its slice is there: starting it again"
+            try "$@"
+          fi
           ;;
         absent) try "$@" ;;
       esac

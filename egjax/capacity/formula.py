@@ -298,7 +298,7 @@ def _step_collectives(case: Case, data: int, model: int) -> float:
     tokens = case.batch * case.length * (2 if case.stage == "dpo" else 1) / data
     total = _ring(layout.accumulate * 3 * count(config) / model * width, data)
     total += sum(_ring(_frozen_bytes(c, case) / model, data) for c in case.frozen)
-    sums = [(config, 6 if layout.remat else 4), *((c, 2) for c in case.frozen)]
+    sums = [(config, 4 if layout.remat == "none" else 6), *((c, 2) for c in case.frozen)]
     total += sum(
         2 * _ring(times * c.num_layers * tokens * c.hidden_size * width, model) for c, times in sums
     )

@@ -88,8 +88,9 @@ def collectives(text: str, devices: int) -> list[Collective]:
     total: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     for instruction, operation, count in seen.values():
         parts = arrays(instruction.shape)
-        if instruction.opcode.endswith("-start") and len(parts) > 1:
-            # (operands, results, counters): the results are the second of equal parts.
+        if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+            # (operands, results, counters): the results are the second of equal parts. The shape of
+            # an all-reduce-start is that of its results alone.
             parts = [part for part in parts if part[1]] or parts
             parts = parts[len(parts) // 2 :]
         size = sum(bytes_ for bytes_, _, _ in parts)

@@ -140,7 +140,8 @@ def compiled_plan(
         kinds["activations"] = done.temporaries - caches
         kinds["batch and padding"] = done.arguments + done.outputs - done.aliased - state
     else:
-        kinds["activations"] = max(0.0, done.refused - caches)
+        # All that the program would hold, its arguments among it.
+        kinds["activations"] = max(0.0, done.refused - state - caches)
     return _plan(case, topology, data, model, kinds, done)
 
 
@@ -220,7 +221,9 @@ def _changes(
                 for way in found:
                     rows = batch // (other.accumulate * part)
                     uneven = case.stage != "decode" and rows % way[0]
-                    if not rows or uneven or (batch < case.batch and (part > 1 or other != layout)):
+                    if not rows or uneven or batch % (other.accumulate * part):
+                        continue
+                    if batch < case.batch and (part > 1 or other != layout):
                         continue
                     new = dataclasses.replace(other, accumulate=other.accumulate * part)
                     words = [

@@ -62,9 +62,10 @@ class OptimConfig:
             ("weight_decay", 0, float("inf")),
             ("beta1", 0, 1),
             ("beta2", 0, 1),
+            ("eps", 0, 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if not low <= value <= high or (name != "clip" and value == float("inf")):
                 raise EgjaxError(f"{name} = {value} is not between {low} and {high}")
         for name, end in (("clip", 0), ("beta1", 1), ("beta2", 1)):
             if getattr(self, name) == end:

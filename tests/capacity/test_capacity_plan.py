@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from egjax.capacity import formula
+from egjax.capacity import plan as plan_module
 from egjax.capacity.chips import CHIPS, parse
-from egjax.capacity.plan import _advice, _leaner, formula_plan, meshes
+from egjax.capacity.compiled import Compiled
+from egjax.capacity.plan import _advice, _leaner, compiled_plan, formula_plan, meshes
 from egjax.capacity.presets import PRESETS, preset
 from egjax.capacity.stages import STAGES, Case, program, training_step
 from egjax.errors import EgjaxError
@@ -48,6 +50,32 @@ def test_topologies_count_chips(text, chips):
 def test_topologies_that_are_none_are_refused(text, message):
     with pytest.raises(EgjaxError, match=message):
         parse(text)
+
+
+def test_a_batch_whose_half_does_not_split_is_no_advice():
+    """6 rows in 2 micro-batches: a batch of 3 would have 1.5 each."""
+    layout = Layout(accumulate=2)
+    plan = formula_plan(case(batch=6, layout=layout), parse("rtx4090:1"), 1, 1)
+    assert not plan.fits
+    assert not any("batch 3" in words for words in plan.advice)
+
+
+def test_what_the_compiler_refused_is_counted_once(monkeypatch):
+    """The bytes of its message are those of the whole program, weights among them."""
+    wanted = 300.0 * GIB
+    refused = Compiled(0, 0, 0, 0, wanted, [], 1.0, 1.0, 1.0, "RESOURCE_EXHAUSTED")
+    monkeypatch.setattr(plan_module, "compile_for", lambda *_: refused)
+    plan = compiled_plan(case(), parse("v5e:4x4"), 16, 1)
+    assert plan.total == pytest.approx(wanted)
+    assert not plan.fits
+
+
+def test_without_recomputation_less_is_sent():
+    sent = [
+        formula.cost(case(layout=Layout(remat=remat)), 4, 4).collective_bytes for remat in REMAT
+    ]
+    by_policy = dict(zip(REMAT, sent, strict=True))
+    assert by_policy.pop("none") < min(by_policy.values())
 
 
 def test_presets_have_the_published_sizes():

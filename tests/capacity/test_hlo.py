@@ -63,6 +63,23 @@ ENTRY %main (q: f32[16]) -> f32[16] {
 """
 
 
+def test_a_started_all_reduce_of_several_arrays_sends_what_a_plain_one_does():
+    """Its shape is that of the results alone, which of a started gather come after the operands."""
+    text = """HloModule m
+
+ENTRY %main (a: f32[1024], b: f32[4096]) -> f32[1024] {{
+  %a = f32[1024]{{0}} parameter(0)
+  %b = f32[4096]{{0}} parameter(1)
+  ROOT %sum = (f32[1024], f32[4096]) {opcode}(%a, %b), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+"""
+    plain, started = (
+        collectives(text.format(opcode=opcode), 2) for opcode in ("all-reduce", "all-reduce-start")
+    )
+    assert started == plain
+    assert plain[0].bytes_sent == 4 * (1024 + 4096)
+
+
 def test_loops_run_from_their_start_to_their_bound():
     assert loops(TEXT) == {"%loop.1": 6, "%loop.2": 5}
     told = TEXT.replace(

@@ -68,6 +68,9 @@ def test_bad_configs_are_told():
         ({"clip": 0.0}, "clip = 0 would let nothing be learnt"),
         ({"beta1": 1.0}, "beta1 = 1 would let nothing"),
         ({"beta2": 1.5}, "beta2 = 1.5 is not between 0 and 1"),
+        ({"eps": -1.0}, "eps = -1.0 is not between 0 and 1"),
+        ({"eps": float("nan")}, "eps = nan is not between"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf is not"),
     ):
         with pytest.raises(EgjaxError, match=said):
             OptimConfig(**options)
