@@ -108,7 +108,7 @@ def verb_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array
     Walking is legal almost everywhere; drawn action by action, a rollout would do little else.
     """
     del progress
-    verbs = jax.nn.one_hot(task.actions.verb, len(VERBS))
+    verbs = jax.nn.one_hot(task.actions.verb, len(VERBS), dtype=jnp.float32)
     count = legal.astype(jnp.float32) @ verbs
     return jnp.where(legal, 1.0 / jnp.maximum(count[task.actions.verb], 1.0), 0.0)
 
@@ -122,7 +122,7 @@ def draw_verb_first(table: ActionTable, legal: Array, draw: Array) -> Array:
     """
     numbers = jnp.arange(legal.shape[0], dtype=jnp.uint32)
     bits = max(legal.shape[0] - 1, 1).bit_length()
-    salt = mix(jax.lax.bitcast_convert_type(draw, jnp.uint32))
+    salt = mix(jax.lax.bitcast_convert_type(draw.astype(jnp.float32), jnp.uint32))
 
     def highest(hashes: Array, numbers: Array, bits: int, among: Array) -> Array:
         # 0 is for none: the number is one more than it was.
@@ -143,7 +143,7 @@ def _relaxed(task: Task | Prepared, progress: Progress) -> Relaxed:
 def helpful_first(task: Task | Prepared, progress: Progress, legal: Array) -> Array:
     """Prior logits f32[A]: actions of a relaxed plan from here are e³ times as likely as others."""
     del legal
-    return _HELPFUL * _relaxed(task, progress).helpful
+    return _HELPFUL * _relaxed(task, progress).helpful.astype(jnp.float32)
 
 
 def same_state(progress: Progress) -> tuple[Array, Array, Array]:
@@ -169,6 +169,7 @@ def household(rewards: Rewards | None = None, rules: Rules = REFERENCE) -> World
     rewards = rewards or Rewards()
 
     ready_for = functools.partial(prepare, rules=rules)
+    count = functools.partial(jnp.sum, dtype=jnp.float32)
 
     def look(ready: Prepared, progress: Progress) -> world.Look:
         return world.look(ready.scene, progress.state, ready.table, rules, returns=False)
@@ -182,9 +183,9 @@ def household(rewards: Rewards | None = None, rules: Rules = REFERENCE) -> World
         held = goals.satisfied(ready.scene, state, ready.wanted)
         goal = ready.wanted.goal
         performed = goals.perform(goal, before, table.verb[action], table.obj[action], True)
-        gained = jnp.sum(held & ~progress.achieved) + (performed - before)
-        lost = jnp.sum(progress.held & ~held)
-        regained = jnp.sum(held & ~progress.held & progress.achieved)
+        gained = count(held & ~progress.achieved) + (performed - before).astype(jnp.float32)
+        lost = count(progress.held & ~held)
+        regained = count(held & ~progress.held & progress.achieved)
         reward = jnp.where(gained > 0, rewards.gain * gained, rewards.cost)
         reward = (reward + rewards.change * (regained - lost)).astype(jnp.float32)
         after = Progress(state, progress.achieved | held, held, performed)
@@ -203,8 +204,8 @@ def household(rewards: Rewards | None = None, rules: Rules = REFERENCE) -> World
 
     def value(task: Task | Prepared, progress: Progress) -> Array:
         steps = steps_to_go(task, progress)
-        new = jnp.sum(~progress.achieved)
-        lost = jnp.sum(progress.achieved & ~progress.held)
+        new = count(~progress.achieved)
+        lost = count(progress.achieved & ~progress.held)
         to_gain = rewards.gain * new + rewards.change * lost
         return to_gain + rewards.cost * jnp.maximum(steps - new, 0.0)
 

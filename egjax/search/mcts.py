@@ -338,13 +338,15 @@ class _Path(NamedTuple):
 
 def _select(config: SearchConfig, state: Search, keys: Array) -> _Path:
     """By the rule from the root to the first edge without child. `keys`: one a tree, for ties."""
-    tree, rows = state.tree, jnp.arange(state.used.size)
-    salt = jax.vmap(lambda key: jax.random.bits(key, ()))(keys)
+    tree, rows = state.tree, jnp.arange(state.used.size, dtype=jnp.int32)
+    salt = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
     order = mix(jnp.arange(tree.num_actions, dtype=jnp.uint32)[None] ^ salt[:, None])
     order = (order >> 8).astype(jnp.float32)  # 24 bits, exact in float32
     noise = jnp.zeros(order.shape, jnp.float32)
     if config.rule == "gumbel":  # of the root, so from the key of the whole search
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, noise.shape[1:]))(state.keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, noise.shape[1:], noise.dtype))(
+            state.keys
+        )
     span = jnp.maximum(state.high - state.low, 1e-6)
     rule = jax.vmap(functools.partial(RULES[config.rule], config))
 
@@ -373,7 +375,7 @@ def _select(config: SearchConfig, state: Search, keys: Array) -> _Path:
             rewards=path.rewards.at[:, level].set(
                 jnp.where(walking, tree.children_rewards[rows, node, action], 0.0)
             ),
-            edges=path.edges + walking,
+            edges=path.edges + walking.astype(jnp.int32),
         )
         walking &= child != mctx.Tree.UNVISITED
         return level + 1, jnp.where(walking, child, node), walking, path
@@ -383,6 +385,11 @@ def _select(config: SearchConfig, state: Search, keys: Array) -> _Path:
     path = _Path(none, none, jnp.zeros(shape, jnp.float32), jnp.zeros(rows.size, jnp.int32))
     start = (jnp.zeros((), jnp.int32), jnp.zeros_like(rows), jnp.ones(rows.size, bool), path)
     return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), down, start)[3]
+
+
+def _faded(config: SearchConfig, steps: Array) -> Array:
+    """float32: the discount of a reward so many steps ahead."""
+    return jax.lax.pow(jnp.full(steps.shape, config.discount, jnp.float32), steps)
 
 
 def pick(weights: Array, draw: Array) -> Array:
@@ -450,10 +457,16 @@ def _rollouts(
         action, embedding, reward, solved, dead = play(params, embedding, draw)
         # What happens after the end is computed and ignored: cheaper than choosing between states.
         done |= action < 0
-        total += jnp.where(done, 0.0, config.discount**time * reward)
+        total += jnp.where(done, 0.0, _faded(config, time) * reward)
         taken = jnp.where(done, -1, action).astype(jnp.int16)
         ever |= solved & ~done
-        return (embedding, done | solved | dead, steps + ~done, total, ever), taken
+        return (
+            embedding,
+            done | solved | dead,
+            steps + (~done).astype(jnp.int32),
+            total,
+            ever,
+        ), taken
 
     def each(x: Array) -> Array:
         return jnp.repeat(x[:, None], keys.shape[1], axis=1)
@@ -462,7 +475,7 @@ def _rollouts(
     none = jnp.zeros(keys.shape[:2], jnp.int32)
     start = embedding, ended, none, none.astype(jnp.float32), solved
     times = jnp.arange(config.rollout_steps, dtype=jnp.float32)
-    draw = functools.partial(jax.random.uniform, shape=times.shape)
+    draw = functools.partial(jax.random.uniform, shape=times.shape, dtype=jnp.float32)
     draws = jnp.moveaxis(jax.vmap(jax.vmap(draw))(keys), 2, 0)
     (_, _, steps, total, ever), actions = jax.lax.scan(step, start, (times, draws))
     return jnp.moveaxis(actions, 0, 2), steps, ever, total
@@ -475,7 +488,7 @@ def make_leaf(
     params = world.prepare(params)
     leaf = _grow(world, params, embedding, action)
     logits = _logits(world, config, params, leaf.embedding, leaf.legal)
-    return leaf, jnp.where(leaf.solved, 2, leaf.ended).astype(jnp.int8), logits
+    return leaf, jnp.where(leaf.solved, 2, leaf.ended.astype(jnp.int32)).astype(jnp.int8), logits
 
 
 def _expand(
@@ -491,7 +504,7 @@ def _expand(
         The trees, the path with the reward of its last edge, and bool[B], whether that edge is
         never to be selected again.
     """
-    tree, rows = state.tree, jnp.arange(path.edges.size)
+    tree, rows = state.tree, jnp.arange(path.edges.size, dtype=jnp.int32)
     new = state.simulation + 1
     live = path.edges > 0
     parent, action = _last_edge(path)
@@ -499,7 +512,7 @@ def _expand(
     seen = jnp.all(state.prints == prints[:, None], axis=-1)
     repeated = jnp.any(seen & (state.depth <= path.edges[:, None]), axis=-1)
     closed = live & (leaf.ended | repeated | (path.edges >= config.max_depth))
-    end = jnp.where(leaf.solved, 2, leaf.ended)
+    end = jnp.where(leaf.solved, 2, leaf.ended.astype(jnp.int32))
 
     def put(array: Array, value: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), new, 1)
@@ -530,13 +543,13 @@ def _expand(
 
 def _last_edge(path: _Path) -> tuple[Array, Array]:
     """Node and action, int32[B], of the edge to the new node; 0 in an exhausted tree."""
-    rows, last = jnp.arange(path.edges.size), jnp.maximum(path.edges - 1, 0)
+    rows, last = jnp.arange(path.edges.size, dtype=jnp.int32), jnp.maximum(path.edges - 1, 0)
     return jnp.maximum(path.nodes[rows, last], 0), jnp.maximum(path.actions[rows, last], 0)
 
 
 def _close(open_: Array, path: _Path, closed: Array) -> Array:
     """Closes the last edge of the path and every edge above it that leads to closed edges only."""
-    rows = jnp.arange(closed.size)
+    rows = jnp.arange(closed.size, dtype=jnp.int32)
 
     def up(carry):
         level, closing, open_ = carry
@@ -553,20 +566,20 @@ def _close(open_: Array, path: _Path, closed: Array) -> Array:
 
 def _backup(config: SearchConfig, state: Search, path: _Path, live: Array, value: Array) -> Any:
     """Mean backup along the whole path, one scatter a field. Returns the tree."""
-    tree, rows = state.tree, jnp.arange(value.size)[:, None]
-    level = jnp.arange(config.max_depth + 1)
+    tree, rows = state.tree, jnp.arange(value.size, dtype=jnp.int32)[:, None]
+    level = jnp.arange(config.max_depth + 1, dtype=jnp.int32)
     new = state.simulation + 1
     at_leaf = level[None] == path.edges[:, None]
     nodes = jnp.where(at_leaf, new, path.nodes)
     # Out of range, hence dropped: behind the leaf, and all of an exhausted tree.
     nodes = jnp.where((nodes >= 0) & live[:, None], nodes, tree.node_visits.shape[1])
     lag = level[None, :] - level[:, None]
-    powers = jnp.where(lag >= 0, config.discount ** jnp.maximum(lag, 0), 0.0)
+    powers = jnp.where(lag >= 0, _faded(config, jnp.maximum(lag, 0)), 0.0)
     left = jnp.maximum(path.edges[:, None] - level[None], 0)
-    to_go = path.rewards @ powers.T + config.discount**left * value[:, None]
+    to_go = path.rewards @ powers.T + _faded(config, left) * value[:, None]
     old = tree.node_values.at[rows, nodes].get(mode="fill", fill_value=0.0)
     count = tree.node_visits.at[rows, nodes].get(mode="fill", fill_value=0)
-    mean = old + (to_go - old) / (count + 1)
+    mean = old + (to_go - old) / (count + 1).astype(jnp.float32)
     edge = (rows, jnp.where(at_leaf, tree.node_visits.shape[1], nodes)[:, :-1])
     edge = (*edge, jnp.maximum(path.actions[:, :-1], 0))
     return tree.replace(
@@ -617,14 +630,14 @@ def _trajectories(
 ) -> Record:
     """The trajectories of one simulation: the path, then each rollout."""
     live = path.edges > 0
-    level = jnp.arange(config.max_depth + 1)
-    so_far = jnp.sum(path.rewards * config.discount**level, axis=1)
-    returns = so_far[:, None] + config.discount ** path.edges[:, None] * total
+    level = jnp.arange(config.max_depth + 1, dtype=jnp.int32)
+    so_far = jnp.sum(path.rewards * _faded(config, level), axis=1)
+    returns = so_far[:, None] + _faded(config, path.edges[:, None]) * total
     returns = jnp.where(live[:, None], returns, 0.0)
     length = jnp.where(live[:, None], path.edges[:, None] + steps, 0)
     solved = ever & live[:, None]
     # The rollout's actions follow the path's, wherever that ends.
-    place = jnp.arange(config.length)
+    place = jnp.arange(config.length, dtype=jnp.int32)
     ahead = path.actions[:, jnp.minimum(place, config.max_depth)].astype(jnp.int16)
     if played.shape[2]:
         behind = jnp.clip(place[None] - path.edges[:, None], 0, played.shape[2] - 1)
@@ -641,7 +654,7 @@ def _simulate(
     world: World, config: SearchConfig, params: Params, state: Search
 ) -> tuple[Search, Record]:
     """One simulation of every tree."""
-    rows = jnp.arange(state.used.size)
+    rows = jnp.arange(state.used.size, dtype=jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.turn)
     path = _select(config, state, keys)
     live = path.edges > 0
@@ -653,7 +666,7 @@ def _simulate(
     value, returns = jnp.mean(total, axis=1), record.returns
     if config.value_weight > 0:
         share = config.value_weight
-        far = config.discount ** path.edges[:, None]
+        far = _faded(config, path.edges[:, None])
         returns += jnp.where(live[:, None], far * share * (own[:, None] - total), 0.0)
         value += share * (own - value)
     tree = _backup(config, state, path, live, value)
@@ -663,7 +676,7 @@ def _simulate(
         open=_close(state.open, path, closed),
         simulation=state.simulation + 1,
         turn=state.turn + 1,
-        used=state.used + (live & ~state.solved),
+        used=state.used + (live & ~state.solved).astype(jnp.int32),
         low=jnp.where(live, jnp.minimum(state.low, returns.min(1)), state.low),
         high=jnp.where(live, jnp.maximum(state.high, returns.max(1)), state.high),
     )
@@ -672,14 +685,14 @@ def _simulate(
 
 def _keep_best(state: Search, record: Record) -> Search:
     """A shorter solution beats a longer one, any solution beats none, else the higher return."""
-    rows = jnp.arange(state.used.size)
+    rows = jnp.arange(state.used.size, dtype=jnp.int32)
     solved = record.solved_at >= 0
     tried = record.length > 0
     # Lengths are below 1e6 and returns far below it, so one number orders all three cases.
-    score = jnp.where(solved, 2e6 - record.length, record.returns)
+    score = jnp.where(solved, 2e6 - record.length.astype(jnp.float32), record.returns)
     score = jnp.where(tried, score, -jnp.inf)
     which = jnp.argmax(score, axis=1)
-    kept = jnp.where(state.solved, 2e6 - state.best_length, state.best_return)
+    kept = jnp.where(state.solved, 2e6 - state.best_length.astype(jnp.float32), state.best_return)
     better = score[rows, which] > kept
     return dataclasses.replace(
         state,

@@ -39,7 +39,7 @@ _NOWHERE = jnp.iinfo(jnp.int32).max
 
 def _below(parents: Array, top: Array, depth: int) -> Array:
     """bool[S+1]: nodes of the subtree of `top`, a child of the root (or the root: all)."""
-    here = jnp.arange(parents.size)
+    here = jnp.arange(parents.size, dtype=jnp.int32)
     up = jnp.where(parents > 0, parents, here)
     for _ in range(depth.bit_length()):  # each round doubles the way up
         up = up[up]
@@ -49,14 +49,14 @@ def _below(parents: Array, top: Array, depth: int) -> Array:
 
 def _reopen(config: SearchConfig, one: Search, legal: Array, count: Array) -> Array:
     """bool[S+1, A]: which edges are open in a tree of `count` nodes, the first ones."""
-    tree, here = one.tree, jnp.arange(one.depth.size)
+    tree, here = one.tree, jnp.arange(one.depth.size, dtype=jnp.int32)
     same = jnp.all(one.prints[:, None] == one.prints[None], axis=-1)
     earlier = (here[None] < here[:, None]) & (one.depth[None] <= one.depth[:, None])
     repeated = jnp.any(same & earlier & (here < count), axis=1)
     closed = (one.end > 0) | repeated | (one.depth >= config.max_depth) | (here >= count)
 
     def up(step: Array, open_: Array) -> Array:
-        node = here.size - 1 - step  # children before parents
+        node = here.size - 1 - step.astype(jnp.int32)  # children before parents
         parent, action = tree.parents[node], tree.action_from_parent[node]
         shut = (node < count) & (parent >= 0) & ~jnp.any(open_[node])
         return open_.at[jnp.where(shut, parent, here.size), action].set(False, mode="drop")
@@ -86,10 +86,10 @@ def _way_to(one: Search, node: Array, length: int) -> tuple[Array, Array]:
 def _best(config: SearchConfig, old: Search, new: Search, action: Array, reward: Array) -> Search:
     """The best trajectory after the move: the rest of the old one if it began with the action, else
     the way to the shallowest solved node, else none."""
-    follows = (old.best[0] == action) & (old.best_length > 0)
+    follows = (old.best[0] == action.astype(jnp.int16)) & (old.best_length > 0)
     rest = jnp.append(old.best[1:], jnp.int16(-1))
     solved = new.end == 2
-    nearest = jnp.argmin(jnp.where(solved, new.depth, _NOWHERE))
+    nearest = jnp.argmin(jnp.where(solved, new.depth, _NOWHERE)).astype(jnp.int32)
     way, total = _way_to(new, nearest, config.length)
     known = jnp.any(solved)
     gain = jnp.where(known, total, -jnp.inf)
@@ -115,10 +115,10 @@ def _reroot_one(
     start = jax.tree.map(lambda x: x[0], tree.embeddings)
     leaf, end, prior = make_leaf(world, config, params, start, edge)
     keep = _below(tree.parents, jnp.where(stays, 0, child), config.max_depth) & ~new
-    count = jnp.maximum(jnp.sum(keep), 1)
+    count = jnp.maximum(jnp.sum(keep, dtype=jnp.int32), 1)
     order = jnp.argsort(~keep, stable=True)
-    number = jnp.where(keep, jnp.cumsum(keep) - 1, -1)  # of each old node
-    here = jnp.arange(size)
+    number = jnp.where(keep, jnp.cumsum(keep, dtype=jnp.int32) - 1, -1)  # of each old node
+    here = jnp.arange(size, dtype=jnp.int32)
 
     def move(array: Array, fill: Any = 0, root: Any = None) -> Array:
         rows = here.reshape(-1, *[1] * (array.ndim - 1)) < jnp.where(new, 0, count)

@@ -13,6 +13,7 @@ place are counted as one walk, and what a step undoes elsewhere is not counted.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -76,13 +77,15 @@ def _bit(word: Array, flag: int) -> Array:
 
 def _is(table_verb: Array, *names: str) -> Array:
     """bool[A]: the action's verb is one of these."""
-    return jnp.any(table_verb[:, None] == jnp.array([_V[name] for name in names]), axis=1)
+    return jnp.any(
+        table_verb[:, None] == jnp.array([_V[name] for name in names], jnp.int32), axis=1
+    )
 
 
 def _things(scene: Scene, table: ActionTable, state: State, puts: Array) -> _Things:
     """Facts about the table's objects; `puts` bool[A] are PUT actions taken as done."""
     node = jnp.maximum(table.objects, 0)
-    here = jnp.arange(scene.ids.shape[0])
+    here = jnp.arange(scene.ids.shape[0], dtype=jnp.int32)
     flags = state.nodes[node]
     cut = ((state.nodes >> 10) & 15).astype(jnp.uint8)
     cut = cut | cut << 4
@@ -137,7 +140,7 @@ def _achieves(scene: Scene, table: ActionTable, goal: Goal) -> tuple[Array, Arra
         bool[A, G], and bool[G, M], the objects of which one shall be CLOSE to the character.
     """
     verb, count = table.verb, goal.bit.shape[0]
-    belongs = goal.predicate[:, None] == jnp.arange(count)
+    belongs = goal.predicate[:, None] == jnp.arange(count, dtype=jnp.int32)
 
     def subject(node: Array) -> Array:
         """bool[..., G]: the node may be the subject."""
@@ -177,7 +180,7 @@ def _cost(table: ActionTable, things: _Things, hands: Array) -> Array:
     verb = table.verb
 
     def step(done: Array, *needs: Array) -> Array:
-        return jnp.where(done, 0.0, 1.0 + sum(needs, jnp.zeros(())))
+        return jnp.where(done, 0.0, 1.0 + sum(needs, jnp.zeros((), jnp.float32)))
 
     flags = things.flags
     near = step(things.near)
@@ -204,7 +207,7 @@ def _cost(table: ActionTable, things: _Things, hands: Array) -> Array:
         "PLUGOUT": (near + full)[first],
         **{name: near[first] for name in ("SIT", "LIE", "WASH")},
     }
-    cost = jnp.ones(verb.shape)
+    cost = jnp.ones(verb.shape, jnp.float32)
     for name, before in needs.items():
         cost = jnp.where(verb == _V[name], 1.0 + before, cost)
     return cost
@@ -256,14 +259,14 @@ def _stand(things: _Things, wanted: Array, walks: Array, movable: Array) -> tupl
     asked = jnp.any(wanted, axis=1)
 
     def finds(close: Array, near: Array) -> Array:
-        far = jnp.where(movable, 2.0, _FAR)
+        far = jnp.where(movable, jnp.float32(2.0), _FAR)
         each = jnp.where(close, 0.0, jnp.where(near, 1.0, 1.0 + far))
         best = jnp.min(jnp.where(wanted, each, _NEVER), axis=1)
-        return jnp.sum(jnp.where(asked, best, 0.0))
+        return jnp.sum(jnp.where(asked, best, 0.0), dtype=jnp.float32)
 
-    ends = jax.vmap(finds)(things.arrives, things.reach) + ~walks
+    ends = jax.vmap(finds)(things.arrives, things.reach) + (~walks).astype(jnp.float32)
     close = _bit(things.flags, Flag.CLOSE_OUT)
-    stays = finds(close, things.near) + jnp.where(jnp.any(walks), _FAR, 0.0)
+    stays = finds(close, things.near) + jnp.where(jnp.any(walks), _FAR, jnp.float32(0.0))
     return ends, stays
 
 
@@ -282,7 +285,8 @@ def relaxed_plan(
     now = _things(scene, table, state, jnp.zeros(verb.shape, bool))
     achieves, wanted = _achieves(scene, table, goal)
     stands = jnp.any(wanted, axis=1)
-    hands = jnp.sum(_bit(state.nodes, Flag.HOLDS_RH)) + jnp.sum(_bit(state.nodes, Flag.HOLDS_LH))
+    count = partial(jnp.sum, dtype=jnp.float32)
+    hands = count(_bit(state.nodes, Flag.HOLDS_RH)) + count(_bit(state.nodes, Flag.HOLDS_LH))
     cost = _cost(table, now, hands)
 
     # One action a goal, the cheapest; the same action for several goals counts once.
@@ -296,7 +300,7 @@ def relaxed_plan(
     opens = jnp.zeros(now.near.shape, bool)
     at = jnp.where(chosen & (verb == _V["OPEN"]), table.obj_slot, opens.size)
     opens = (opens.at[at].set(True, mode="drop") & ~_bit(now.flags, Flag.OPEN)) | needs.open
-    first = jnp.arange(opens.size)
+    first = jnp.arange(opens.size, dtype=jnp.int32)
     covered = now.reach & needs.near[:, None] & (first[:, None] < first[None])
     walks = needs.near & ~jnp.any(covered, axis=0)
     at = jnp.where(chosen & (verb == _V["WALK"]), table.obj_slot, opens.size)
@@ -313,17 +317,17 @@ def relaxed_plan(
     ends = jnp.where(goable, ends, jnp.inf)
     any_stand = jnp.any(stands & goal.mask)
     leave = any_stand & (jnp.min(ends) < stays)
-    to = leave & (jnp.arange(opens.size) == jnp.argmin(ends))
+    to = leave & (jnp.arange(opens.size, dtype=jnp.int32) == jnp.argmin(ends))
     close = jnp.where(any_stand, jnp.minimum(jnp.min(ends), stays), 0.0)
-    steps = jnp.sum(own) + jnp.sum(needs.grab) + jnp.sum(opens) + jnp.sum(needs.off)
-    steps += jnp.sum(needs.plug) + jnp.sum(walks) + close
+    steps = count(own) + count(needs.grab) + count(opens) + count(needs.off)
+    steps += count(needs.plug) + count(walks) + close
     resting = _bit(state.nodes[scene.character], Flag.SITTING | Flag.LYING)
     moves = jnp.any(walks) | leave
-    steps += resting & moves
-    grabs = jnp.sum(needs.grab) + jnp.sum(opens)
-    steps += (hands >= 2) & (grabs > 0)
+    steps += (resting & moves).astype(jnp.float32)
+    grabs = count(needs.grab) + count(opens)
+    steps += ((hands >= 2) & (grabs > 0)).astype(jnp.float32)
     never = missing & ~stands & ~works
-    steps += _NEVER * jnp.sum(never)
+    steps += _NEVER * count(never)
 
     find = jnp.any(wanted & missing[:, None], axis=0) & now.near
     first = table.obj_slot
@@ -337,4 +341,4 @@ def relaxed_plan(
     helpful |= (verb == _V["STANDUP"]) & resting & moves
     helpful |= (verb == _V["DROP"]) & (hands >= 2) & (grabs > 0)
     solved = ~jnp.any(missing)
-    return Relaxed(jnp.where(solved, 0.0, steps).astype(jnp.float32), helpful & table.mask)
+    return Relaxed(jnp.where(solved, 0.0, steps), helpful & table.mask)

@@ -77,14 +77,15 @@ class Node(NamedTuple):
 def uct(settings: Settings, node: Node) -> Array:
     """`Q / span + C · sqrt(ln N(s) / N(s, a))`, untried actions first (Kocsis, Szepesvári 2006)."""
     parent = jnp.maximum(node.parent, 1).astype(jnp.float32)
-    bonus = jnp.sqrt(jnp.log(parent) / jnp.maximum(node.visits, 1))
+    bonus = jnp.sqrt(jnp.log(parent) / jnp.maximum(node.visits, 1).astype(jnp.float32))
     score = node.q / node.span + settings.exploration * bonus
     return jnp.where(node.visits > 0, score, 1e9 + 1e3 * node.order)
 
 
 def _policy(node: Node) -> Array:
     """Prior probabilities of the open actions, float32[A]; 0 elsewhere."""
-    return jax.nn.softmax(jnp.where(node.open, node.logits, -1e30)) * node.open
+    policy = jax.nn.softmax(jnp.where(node.open, node.logits, -1e30))
+    return policy * node.open.astype(jnp.float32)
 
 
 def puct(settings: Settings, node: Node) -> Array:
@@ -92,7 +93,8 @@ def puct(settings: Settings, node: Node) -> Array:
     (Silver et al. 2017; without the slow growth of C with N(s))."""
     parent = jnp.maximum(node.parent, 1).astype(jnp.float32)
     q = jnp.where(node.visits > 0, node.q, node.value) / node.span
-    bonus = settings.exploration * _policy(node) * jnp.sqrt(parent) / (1 + node.visits)
+    visits = node.visits.astype(jnp.float32)
+    bonus = settings.exploration * _policy(node) * jnp.sqrt(parent) / (1 + visits)
     return q + bonus + 1e-7 * node.order / 2**24  # breaks ties
 
 
@@ -130,14 +132,14 @@ def _completed(node: Node) -> Array:
     prior = jnp.maximum(jax.nn.softmax(jnp.maximum(node.logits, -1e30)), _TINY)
     mass = jnp.where(tried, prior, 0.0).sum()
     weighted = jnp.where(tried, prior * node.q / jnp.where(tried, mass, 1.0), 0.0).sum()
-    count = node.visits.sum()
+    count = jnp.sum(node.visits, dtype=jnp.int32).astype(jnp.float32)
     # The root is never evaluated by itself.
     raw = jnp.where(node.root, weighted, node.raw)
     mixed = (raw + count * weighted) / (count + 1)
     q = jnp.where(tried, node.q, mixed)
     low, high = q.min(), q.max()
     q = (q - low) / jnp.maximum(high - low, 1e-8)
-    return (_MAXVISIT_INIT + node.visits.max()) * _VALUE_SCALE * q
+    return (_MAXVISIT_INIT + node.visits.max().astype(jnp.float32)) * _VALUE_SCALE * q
 
 
 def gumbel(settings: Settings, node: Node) -> Array:
@@ -151,10 +153,11 @@ def gumbel(settings: Settings, node: Node) -> Array:
     completed = _completed(node)
     logits = jnp.maximum(node.logits, -1e30)
     policy = jax.nn.softmax(jnp.where(node.open, logits + completed, -1e30))
-    inner = policy - node.visits / (1.0 + node.visits.sum())
+    count = jnp.sum(node.visits, dtype=jnp.int32)
+    inner = policy - node.visits.astype(jnp.float32) / (1.0 + count.astype(jnp.float32))
     table = jnp.asarray(considered_visits(settings.considered, settings.simulations))
-    legal = (node.logits > -jnp.inf).sum()
-    time = jnp.minimum(node.visits.sum(), settings.simulations - 1)
+    legal = jnp.sum(node.logits > -jnp.inf, dtype=jnp.int32)
+    time = jnp.minimum(count, settings.simulations - 1)
     served = table[jnp.minimum(settings.considered, legal), time]
     outer = jnp.maximum(node.noise + logits - logits.max() + completed, -1e9)
     fits = node.open & (node.visits == served)

@@ -75,8 +75,9 @@ def legal_choices(scene: Scene, state: State, rules: Rules = REFERENCE) -> Choic
     held = held.astype(jnp.int32)
     pairs = jax.vmap(lambda verb: jax.vmap(lambda thing: row(verb, thing, nodes))(held))
     targets = pairs(jnp.asarray(_PAIRS, jnp.int32)) & (held >= 0)[:, None]
-    count = objects.sum(-1).at[_PAIRS].set(targets.sum((-1, -2)))
-    return Choices(count.astype(jnp.int32), objects, held, targets)
+    count = jnp.sum(objects, -1, dtype=jnp.int32)
+    count = count.at[_PAIRS].set(jnp.sum(targets, (-1, -2), dtype=jnp.int32))
+    return Choices(count, objects, held, targets)
 
 
 def draw(key: Array, choices: Choices, *, verb_first: bool = True) -> Array:
@@ -92,14 +93,15 @@ def draw(key: Array, choices: Choices, *, verb_first: bool = True) -> Array:
         int32[3]: verb and node indices of the arguments, -1 for none.
     """
     verb_key, place_key = jax.random.split(key)
-    weight = (choices.count > 0).astype(jnp.float32) if verb_first else choices.count
-    verb = jax.random.categorical(verb_key, jnp.log(weight))
-    nth = jax.random.randint(place_key, (), 0, jnp.maximum(choices.count[verb], 1))
+    weight = choices.count > 0 if verb_first else choices.count
+    verb = jax.random.categorical(verb_key, jnp.log(weight.astype(jnp.float32))).astype(jnp.int32)
+    most = jnp.maximum(choices.count[verb], 1)
+    nth = jax.random.randint(place_key, (), 0, most, dtype=jnp.int32)
 
     def place(row: Array) -> Array:
-        return jnp.searchsorted(jnp.cumsum(row), nth + 1)
+        return jnp.searchsorted(jnp.cumsum(row, dtype=jnp.int32), nth + 1).astype(jnp.int32)
 
-    arity = jnp.asarray(_ARITY)[verb]
+    arity = jnp.asarray(_ARITY, jnp.int32)[verb]
     nodes = choices.objects.shape[-1]
     single = place(choices.objects[verb])
     pair = place(choices.targets[jnp.asarray(_PAIR_ROW)[verb]].reshape(-1))
@@ -111,7 +113,7 @@ def draw(key: Array, choices: Choices, *, verb_first: bool = True) -> Array:
 def contains(choices: Choices, action: Array) -> Array:
     """Whether a grounded action int32[3] (verb, object, target; -1 for none) is legal, bool[]."""
     verb, obj, target = action
-    arity = jnp.asarray(_ARITY)[verb]
+    arity = jnp.asarray(_ARITY, jnp.int32)[verb]
     given = (obj >= 0).astype(jnp.int32) + (target >= 0).astype(jnp.int32)
     single = choices.objects[verb, jnp.maximum(obj, 0)]
     pair = choices.targets[jnp.asarray(_PAIR_ROW)[verb], :, jnp.maximum(target, 0)]

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -210,8 +211,9 @@ class Household:
         moved = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), moved, state.state)
         held = satisfied(params.scene, moved, params.goal)
         performed = perform(params.goal, state.performed, chosen[0], chosen[1], accepted)
-        gained = jnp.sum(held & ~state.achieved) + (performed - state.performed)
-        kept = jnp.sum(held & ~state.held & state.achieved) - jnp.sum(state.held & ~held)
+        count = partial(jnp.sum, dtype=jnp.float32)
+        gained = count(held & ~state.achieved) + (performed - state.performed).astype(jnp.float32)
+        kept = count(held & ~state.held & state.achieved) - count(state.held & ~held)
         reward = jnp.where(gained > 0, self.gain * gained, self.cost) + self.change * kept
         after = EnvState(moved, state.achieved | held, held, performed, state.time + 1)
         solved = jnp.all(held) & all_performed(params.goal, performed)
@@ -221,6 +223,6 @@ class Household:
             "truncated": (late | moved.overflow) & ~solved,
             "legal": accepted,
             "code": code,
-            "discount": jnp.where(solved, 0.0, 1.0),
+            "discount": 1 - solved.astype(jnp.float32),
         }
         return after, reward.astype(jnp.float32), solved | late | moved.overflow, info

@@ -257,8 +257,8 @@ def ground(scene: Scene, goal: Goal) -> Wanted:
     scene, goal = jax.tree.map(jnp.asarray, (scene, goal))
     count, nodes = goal.bit.shape[0], scene.ids.shape[0]
     words = -(-count // 32)
-    numbers = jnp.arange(count)
-    own = (numbers[:, None] // 32 == jnp.arange(words)).astype(jnp.uint32)
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    own = (numbers[:, None] // 32 == jnp.arange(words, dtype=jnp.int32)).astype(jnp.uint32)
     own = jnp.where(goal.mask[:, None], own << (numbers % 32).astype(jnp.uint32)[:, None], 0)
     one = jnp.where(goal.subject[:, None] >= 0, own[goal.predicate], 0)
     node, bit = jnp.maximum(goal.subject, 0), goal.bit[goal.predicate]
@@ -266,9 +266,9 @@ def ground(scene: Scene, goal: Goal) -> Wanted:
     asked = jnp.where(goal.others[goal.predicate] > 0, edge[:, None], 0)
     lanes = jax.vmap(to_lanes)(asked)
     lanes = jnp.where((node == scene.character)[:, None], lanes, lanes & scene.edges[node])
-    member = node == jnp.arange(nodes)[:, None]
+    member = node == jnp.arange(nodes, dtype=jnp.int32)[:, None]
     others = (goal.others > 0)[:, :, None]
-    relation = jnp.arange(8)[:, None] == goal.bit
+    relation = jnp.arange(8, dtype=jnp.int32)[:, None] == goal.bit
     return Wanted(
         goal=goal,
         lanes=lanes.T,
@@ -324,7 +324,7 @@ def satisfied(scene: Scene, state: State, goal: Goal | Wanted) -> Array:
         subjects[b] & others[a] & asking(swap(bits))
     )
     found |= fold(added, jnp.bitwise_or)
-    numbers = jnp.arange(goal.bit.shape[0])
+    numbers = jnp.arange(goal.bit.shape[0], dtype=jnp.int32)
     held = found[numbers // 32] >> (numbers % 32).astype(jnp.uint32) & 1
     return (held != 0) | ~goal.mask
 
@@ -348,9 +348,9 @@ def perform(goal: Goal, performed: Array, verb: Array, obj: Array, accepted: Arr
     at = jnp.minimum(performed, wanted - 1)
     hit = verbs[at, verb] & objects[at, jnp.maximum(obj, 0)]
     hit &= (obj >= 0) | objects[at].all()
-    return performed + (hit & accepted & (performed < wanted))
+    return performed + (hit & accepted & (performed < wanted)).astype(jnp.int32)
 
 
 def all_performed(goal: Goal, performed: Array) -> Array:
     """bool[]: every action that the goal wants has been performed."""
-    return performed >= jnp.asarray(goal.deed_verbs).any(-1).sum()
+    return performed >= jnp.sum(jnp.asarray(goal.deed_verbs).any(-1), dtype=jnp.int32)

@@ -209,7 +209,7 @@ def _modulus(count: Array) -> Array:
     low, middle, high = TIE_LIMITS
     return jnp.where(
         count > low, jnp.where(count > middle, jnp.where(count > high, 511, 127), 31), 7
-    )
+    ).astype(jnp.int32)
 
 
 def _reachable(scene: Scene, start: Array, closed: Array) -> Array:
@@ -291,7 +291,7 @@ def _tally(flags: Array) -> tuple[list[Array], Array, Array]:
         right, left = part >> 8 & 1, part >> 1 & 1 << 8
         inside, on_it = part << 15 & 1 << 16, part << 20 & 1 << 24
         words |= (right | left | inside | on_it) << k
-    places = jnp.arange(eighth)
+    places = jnp.arange(eighth, dtype=jnp.int32)
 
     def first(word: Array, place: Array, shift: int) -> Array:
         byte = word >> shift & 255
@@ -315,7 +315,7 @@ def _view(scene: Scene, state: State) -> _View:
     ask, cut = to_lanes(words, _ask), to_lanes(flags, _cut)
     own_hit = any_byte((to_lanes(flags, _own), ask), jnp.bitwise_and)
     here = _get(flags >> _INSIDE & 1, scene.room_node) != 0
-    numbers = jnp.arange(here.shape[0])
+    numbers = jnp.arange(here.shape[0], dtype=jnp.int32)
     room_ids = _get(scene.ids, scene.room_node)
     key = _least(jnp.where(here, (room_ids & _modulus(members)) << 5 | numbers, _NO_KEY))
     room = jnp.where(key == _NO_KEY, -1, key & 31)
@@ -482,7 +482,11 @@ def _facts(
 
     parents = things.parents
     inside = (parents >= 0) & ~_has(_cut(_get(state.nodes, parents)) | cut, 1 << _INSIDE)
-    members = inside_later + _sum(inside.astype(jnp.int32)) + _has(flags, Flag.INSIDE_IN)
+    members = (
+        inside_later
+        + _sum(inside.astype(jnp.int32))
+        + _has(flags, Flag.INSIDE_IN).astype(jnp.int32)
+    )
     mask = settle(_modulus(members), scene)
     key = jnp.minimum(
         _least(
@@ -562,7 +566,7 @@ def _outer(scene: Scene, state: State, view: _View, node: Array) -> Array:
     into = _has(bits, 1 << _INSIDE)
     cut = _cut(_get(state.nodes, parents)) | _cut(state.nodes[at])
     live = (parents >= 0) & ~_has(cut, 1 << _INSIDE)
-    mask = _modulus(live.sum() + into.sum())
+    mask = _modulus(jnp.sum(live, dtype=jnp.int32) + jnp.sum(into, dtype=jnp.int32))
     ends, members = jnp.concatenate([parents, far]), jnp.concatenate([live, into])
     key = (_get(scene.ids, ends) & mask) << 12 | _get(scene.rank, ends)
     best = _least(jnp.where(members, key, _NO_KEY))
@@ -728,7 +732,7 @@ def look(
 def _at(values: Array, index: Array) -> Array:
     """`values[index]`, 0 where the index is negative: M comparisons for each, which on a CPU take
     far less time than a gather (measured: a tenth)."""
-    numbers = jnp.arange(values.shape[0])[:, None]
+    numbers = jnp.arange(values.shape[0], dtype=jnp.int32)[:, None]
     return _any((values[:, None], numbers), lambda x, number: jnp.where(number == index, x, 0))
 
 
@@ -832,7 +836,7 @@ def _row(scene: Scene, state: State, view: _View, node: Array) -> tuple[Array, A
     live = ~_cut(flags) & 255
     own, live, to_me = _settle_all(scene, (own, live * 0x01010101, swap(flags)))
     lanes = scene.edges[node] & ~view.cut & live
-    numbers = jnp.arange(lanes.shape[0])
+    numbers = jnp.arange(lanes.shape[0], dtype=jnp.int32)
     parts = []
     # Joined at last, not first: what is joined is computed once, what follows for every reader.
     for k, mine in enumerate(_parts(state.nodes, 4)):
@@ -908,7 +912,7 @@ def _close_by(
     `Rules.open_walk` for the other way)."""
     character, props = scene.character, scene.props[node]
     thing = scene.room < 0
-    here = jnp.arange(row.shape[0])
+    here = jnp.arange(row.shape[0], dtype=jnp.int32)
     # Which bits of the row count at a node, whatever the step; one bit more is the body's.
     counts = (
         _bits((here != character) & thing, 1 << _INSIDE)
@@ -932,7 +936,7 @@ def _close_by(
     asked, later = _settle_all(scene, (_bits(walk, asked), _bits(walk, later)))
     wanted = (bits & outside & later) != 0
     # As words of 32 nodes first: fewer comparisons than one for every node.
-    words = jnp.arange(here.shape[0] // 32)
+    words = jnp.arange(here.shape[0] // 32, dtype=jnp.int32)
     bit = jnp.uint32(1) << (far & 31).astype(jnp.uint32)
     marked = _any(jnp.where(wanted[:, None] & (far[:, None] >> 5 == words), bit[:, None], 0))
     marked = settle(marked, scene)
@@ -957,7 +961,7 @@ def _added(
     ends = view.ends
     touched = ((ends.source[:, None] == cut) | (ends.sink[:, None] == cut)).any(-1)
     bits = jnp.where(touched, ends.bits & ~gone, ends.bits)
-    slots = jnp.arange(bits.shape[0])
+    slots = jnp.arange(bits.shape[0], dtype=jnp.int32)
     pair, overflow = added >> 8, jnp.zeros((), bool)
     for source, sink, new in links:
         # Both orientations of a pair share one slot.
@@ -988,7 +992,7 @@ def _apply(
     """The state after an accepted action; `obj_room` is the number of the first argument's room."""
     node, other = jnp.maximum(obj, 0), jnp.maximum(target, 0)
     row, *_ = edges = _row(scene, state, view, node)
-    me, here = scene.character, jnp.arange(row.shape[0])
+    me, here = scene.character, jnp.arange(row.shape[0], dtype=jnp.int32)
     origin = _origin(scene, state, view, edges, node, rules)
     link = jnp.where(effect.link == 4, stored & 3, effect.link)
     bond = jnp.where(link >= 0, jnp.uint32(1) << jnp.maximum(link, 0).astype(jnp.uint32), 0)
