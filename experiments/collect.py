@@ -219,7 +219,7 @@ class Problem:
                 t.program.init,
                 t.predicates,
                 instances=instances,
-                among=[i for line in t.program.script for _, i in line.arguments if i]
+                among=[i for line in t.program.script for _, i in line.arguments if i is not None]
                 if told
                 else (),
             )

@@ -178,7 +178,8 @@ def run_main(
         options = tyro.cli(config, args=argv, description=help_text, prog=_command(), **plain)
         options = _places(options)
         _check_seeds(options)
-        hosts.patience(), hosts.silence(), silence()  # told before any work
+        for seconds in (hosts.patience, hosts.silence, silence):
+            seconds()  # a setting that is no number is told before any work
         check_writers(getattr(options, "log_to", ()))
         _join()  # has to come before JAX looks for devices
         note(_machine_line())

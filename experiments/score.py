@@ -36,8 +36,10 @@ from experiments.solve import own_task
 
 Row = Mapping[str, Any]
 
-_NUMBER = re.compile(r"(^|[.\n])\s*(?:(?:step\s*)?\d+\s*[.):]|[-*•])\s+", re.IGNORECASE)
-"""What stands before a step in a list: 1. 2) Step 3: - *"""
+_NUMBER = re.compile(
+    r"(^[ \t]*|\.\s+)(?:(?:step\s*)?\d+\s*[.):]|[-*•])[ \t]+", re.IGNORECASE | re.MULTILINE
+)
+"""What stands before a step in a list, on a line of its own or after a step: 1. 2) Step 3: - *"""
 
 
 @dataclass(frozen=True)

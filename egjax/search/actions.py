@@ -131,7 +131,8 @@ class _Home:
     def has(self, number: int, trait: str, classes: Iterable[str] = ()) -> bool:
         """Whether a node has a property or is of a class that counts as having it."""
         node = self.nodes[number]
-        return trait in node["properties"] or node["class_name"] in classes
+        traits = map(str.upper, node.get("properties", ()))
+        return trait in traits or node["class_name"] in classes
 
     def instances(self, name: str, limit: int) -> list[int]:
         """Nodes of a class, the most promising first; those that are meant where the goal says."""
@@ -550,7 +551,9 @@ def table_sizes(tables: Iterable[Sequence[Grounded]]) -> tuple[int, int]:
     a time and what is left over one by one."""
     tables = list(tables)
     actions = max(map(len, tables))
-    objects = max(len({i for action in table for i in action[1:] if i}) for table in tables)
+    objects = max(
+        len({i for action in table for i in action[1:] if i is not None}) for table in tables
+    )
     return -(-actions // 8) * 8, -(-max(objects, 1) // 8) * 8
 
 

@@ -156,6 +156,12 @@ def _graph(
     graph["nodes"] = [settled(node) for node in graph["nodes"]]
     for name, states in _mapping(content, "states", where).items():
         _set_states(graph, _name(name), _list(states), where)
+    if len(names) == 1:
+        raise EgjaxError(
+            f"{names[0]} is the only room, and in a room without a door nothing can be walked to",
+            where=where,
+            remedy="add another one, be it empty: hall: []",
+        )
     return graph
 
 

@@ -24,9 +24,9 @@ HELD = 4
 """Held things that may be put or poured, at most; a character has two hands, but a graph may put
 several things into one."""
 
-_ARITY = np.array([verb.arity for verb in VERBS])
-_NONE, _ONE, _PAIRS = (np.flatnonzero(count == _ARITY) for count in range(3))
-_PAIR_ROW = np.maximum(np.cumsum(_ARITY == 2) - 1, 0)
+_ARITY = np.array([verb.arity for verb in VERBS], np.int32)
+_NONE, _ONE, _PAIRS = (np.flatnonzero(count == _ARITY).astype(np.int32) for count in range(3))
+_PAIR_ROW = np.maximum(np.cumsum(_ARITY == 2, dtype=np.int32) - 1, 0)
 
 
 @struct.dataclass
@@ -101,7 +101,7 @@ def draw(key: Array, choices: Choices, *, verb_first: bool = True) -> Array:
     def place(row: Array) -> Array:
         return jnp.searchsorted(jnp.cumsum(row, dtype=jnp.int32), nth + 1).astype(jnp.int32)
 
-    arity = jnp.asarray(_ARITY, jnp.int32)[verb]
+    arity = jnp.asarray(_ARITY)[verb]
     nodes = choices.objects.shape[-1]
     single = place(choices.objects[verb])
     pair = place(choices.targets[jnp.asarray(_PAIR_ROW)[verb]].reshape(-1))
@@ -113,7 +113,7 @@ def draw(key: Array, choices: Choices, *, verb_first: bool = True) -> Array:
 def contains(choices: Choices, action: Array) -> Array:
     """Whether a grounded action int32[3] (verb, object, target; -1 for none) is legal, bool[]."""
     verb, obj, target = action
-    arity = jnp.asarray(_ARITY, jnp.int32)[verb]
+    arity = jnp.asarray(_ARITY)[verb]
     given = (obj >= 0).astype(jnp.int32) + (target >= 0).astype(jnp.int32)
     single = choices.objects[verb, jnp.maximum(obj, 0)]
     pair = choices.targets[jnp.asarray(_PAIR_ROW)[verb], :, jnp.maximum(target, 0)]

@@ -223,7 +223,8 @@ def _check(graph: Graph, sizes: Sizes, where: str) -> int:
     if min(ids) < 0 or max(ids) > np.iinfo(np.int32).max:
         raise EgjaxError("a node id out of range", where=where)
     if len(ids) > min(sizes.nodes, _MAX_NODES):
-        raise EgjaxError(f"{len(ids)} nodes, more than {sizes.nodes}", where=where)
+        most = min(sizes.nodes, _MAX_NODES)
+        raise EgjaxError(f"{len(ids)} nodes, more than {most}", where=where)
     for edge in graph["edges"]:
         if edge["relation_type"].upper() not in RELATIONS:
             raise EgjaxError(f"unknown relation {edge['relation_type']!r}", where=where)

@@ -315,7 +315,9 @@ def _anchors(layout: Layout, refusal: Refusal) -> list[int]:
     near = set(refusal.having(Flag.CLOSE_OUT.value)) - set(home.rooms) - {home.character}
     near -= set(refusal.having(_HANDS))
     before = layout.script[: refusal.step]
-    near -= {i for line in before if line.verb == "GRAB" for _, i in line.arguments if i}
+    near -= {
+        i for line in before if line.verb == "GRAB" for _, i in line.arguments if i is not None
+    }
     near = {i for i in near if "BODY_PART" not in layout.node(i)["properties"]}
     used = [i for line in reversed(before) for _, i in line.arguments if i in near]
     anchors = list(dict.fromkeys(i for i in used if i is not None))

@@ -92,6 +92,7 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
         {**goals, "plan": "1. Walk to fridge. 2. Open fridge.", "steps": 2},
         {**goals, "plan": ["Step 1: Walk to fridge", "- Open fridge"]},
         {**goals, "plan": "1) [WALK] <fridge> (6)\n2) [OPEN] <fridge> (6)"},
+        {**goals, "plan": "[WALK] <fridge> (1.6)\n[OPEN] <fridge> (1.6)"},
     ]
     path, out = tmp_path / "plans.jsonl", tmp_path / "verdicts.jsonl"
     path.write_text("\n".join(map(json.dumps, plans)))
@@ -99,16 +100,16 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
     kept = [json.loads(line) for line in out.read_text().splitlines()]
     found = [row["verdict"] for row in kept]
     assert [{**row, "verdict": None} for row in kept] == [{**p, "verdict": None} for p in plans]
-    solved = [True, True, False, False, True, False, True, True, True]
+    solved = [True, True, False, False, True, False, True, True, True, True]
     assert [row["success"] for row in found] == solved
-    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1, None, None, None]
-    assert [row["parsed"] for row in found] == [True, True, True, False, True, False, *[True] * 3]
+    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1, *[None] * 4]
+    assert [row["parsed"] for row in found] == [True, True, True, False, True, False, *[True] * 4]
     assert found[2]["reason"] == "the character is not close to the fridge"
     assert found[3]["reason"] == "unknown verb 'WINK'"
     assert (found[4]["goals_held"], found[4]["goals_total"]) == (2, 2)
     figure = rows(capsys.readouterr().out)["success"]
-    assert (figure["value"], figure["n"]) == (6 / 9, 9)
-    assert figure["low"] < 6 / 9 < figure["high"]
+    assert (figure["value"], figure["n"]) == (7 / 10, 10)
+    assert figure["low"] < 7 / 10 < figure["high"]
     score.main(score.Config(out, out=tmp_path / "again.jsonl"))
     assert (tmp_path / "again.jsonl").read_text() == out.read_text()
 

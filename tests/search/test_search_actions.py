@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from egjax.errors import EgjaxError
-from egjax.search.actions import Grounded, action_table, encode_actions
+from egjax.search.actions import Grounded, action_table, encode_actions, table_sizes
 from egjax.sim.goals import Predicate, goal_predicates
 from egjax.sim.household import home_programs
 from egjax.sim.robothow import find_dataset, load_programs
@@ -166,3 +166,18 @@ def test_arrays_say_what_the_table_says():
         encode_actions(table, index, size=2)
     with pytest.raises(EgjaxError, match="no node 5"):
         encode_actions(table, {1: 0, 3: 1})
+
+
+def test_a_node_may_have_the_number_0_and_no_properties():
+    """As a graph may that another tool wrote."""
+    assert table_sizes([[Grounded("GRAB", 0), *(Grounded("WALK", i) for i in range(9))]]) == (
+        16,
+        16,
+    )
+    home = graph(CUP, CABINET, TABLE)
+    for node in home["nodes"]:
+        if not node["properties"]:
+            del node["properties"]
+        else:
+            node["properties"] = [name.lower() for name in node["properties"]]
+    assert Grounded("PUTBACK", 3, 5) in action_table(home, [Predicate("ON", "cup", "table")])

@@ -62,9 +62,9 @@ def test_a_scene_file_becomes_a_graph(scene):
 
 def test_json_and_graph_files_are_scenes(tmp_path, scene):
     short, whole = tmp_path / "short.json", tmp_path / "whole.json"
-    short.write_text(json.dumps({"rooms": {"kitchen": ["table", "cup on table"]}}))
+    short.write_text(json.dumps({"rooms": {"kitchen": ["table", "cup on table"], "hall": []}}))
     assert [n["class_name"] for n in load_scenario(short).graph["nodes"]] == [
-        "kitchen", "table", "cup", "character",
+        "kitchen", "hall", "table", "cup", "door", "character",
     ]  # fmt: skip
     whole.write_text(json.dumps({**scene.graph, "goals": ["OPEN(fridge)"]}))
     assert load_scenario(whole).graph["edges"] == scene.graph["edges"]
@@ -199,3 +199,11 @@ def test_embedded_homes_stay_as_they_were():
     ]  # fmt: skip
     last = graph["nodes"][-1]
     assert (last["id"], last["class_name"], last["category"]) == (41, "character", "Characters")
+
+
+def test_a_room_alone_is_refused(tmp_path):
+    """VirtualHome walks along doors, also within a room."""
+    path = tmp_path / "home.yaml"
+    path.write_text("rooms: {kitchen: [table, cup on table]}")
+    with pytest.raises(EgjaxError, match=r"kitchen is the only room.*hall: \[\]"):
+        load_scenario(path)

@@ -43,7 +43,7 @@ def played() -> list[jax.Array]:
         first, rest = jax.random.split(key)
         return jax.lax.scan(one, env.reset(first, task), jax.random.split(rest, 30))
 
-    quick = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "true"}
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     run = jax.jit(jax.vmap(episode), compiler_options=quick)
     return jax.tree.leaves(run(jax.random.split(jax.random.key(0), 4)))
 
