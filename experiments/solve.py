@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from egjax.errors import EgjaxError
+from egjax.errors import EgjaxError, check_range
 from egjax.evals.intervals import Figure
 from egjax.evals.plans import Assignment, Verdict, judge
 from egjax.search.actions import action_table
@@ -31,7 +31,7 @@ from egjax.search.household import Rewards, begin
 from egjax.search.mcts import SearchConfig
 from egjax.search.moves import plan
 from egjax.sim.authoring import load_scenario, parse_goals
-from egjax.sim.goals import satisfied
+from egjax.sim.goals import Predicate, satisfied
 from egjax.sim.household import home_graph
 from egjax.sim.placing import Resources
 from egjax.sim.replay import pad_actions, replay
@@ -40,7 +40,7 @@ from egjax.sim.text import Line, bind, to_english
 from egjax.train.progress import progress
 from experiments import collect
 from experiments.common import emit, note, run_main
-from experiments.data import HouseTask, make_task, programs
+from experiments.data import HouseTask, assignments, make_task, programs
 
 __all__ = ["Config", "own_task"]
 
@@ -105,18 +105,17 @@ def own_task(scene: str, goals: Sequence[str], resources: Path | None = None) ->
 
 def main(config: Config) -> int:
     task = _task(config)
-    if not action_table(task.program.init, task.predicates, instances=config.instances):
-        raise EgjaxError(
-            "no action can bring that about", where="; ".join(map(str, task.predicates))
-        )
-    problem = collect.Problem([task], config.instances)
-    assignment = problem.assignments[0]
-    held = np.asarray(satisfied(assignment.scene, assignment.state, assignment.goal))
+    assignment = assignments([task])[0]
+    missing = [p for p, held in zip(task.predicates, _held_after(assignment, [])) if not held]
     lines: list[Line] = []
     simulations = 0
-    if not held.all() and config.moves:
+    if missing:
+        _check_reach(task, missing, config)
+        problem = collect.Problem([task], config.instances)
+        assignment = problem.assignments[0]
+    if missing and config.moves:
         lines, simulations = _move_by_move(problem, config)
-    elif not held.all():
+    elif missing:
         searched = collect.Config(
             search=config.search,
             rewards=config.rewards,
@@ -141,14 +140,19 @@ def main(config: Config) -> int:
     return 0 if solved else 1
 
 
+def _check_reach(task: HouseTask, missing: Sequence[Predicate], config: Config) -> None:
+    """Refuses goals that no action is there for; of some among others says so."""
+    check_range(config.instances, "[1, inf)", where="--instances")
+    init = task.program.init
+    if not action_table(init, task.predicates, instances=config.instances):
+        raise EgjaxError("no action can bring that about", where="; ".join(map(str, missing)))
+    for goal in missing:
+        if not action_table(init, [goal], instances=config.instances):
+            note(f"no action by itself brings about {goal}")
+
+
 def _move_by_move(problem: collect.Problem, config: Config) -> tuple[list[Line], int]:
     """The moves of a search that keeps the subtree of each step, and its simulations in all."""
-    if config.per_move < config.search.chunk:
-        raise EgjaxError(
-            f"{config.per_move} simulations a move are less than a chunk of {config.search.chunk}",
-            where="--per-move",
-            remedy="raise it or lower --search.chunk",
-        )
     tasks = problem.stack([0])
     key = jax.random.key(config.seed)
     with progress("moves", config.moves) as update:

@@ -33,7 +33,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from egjax.errors import EgjaxError, require
+from egjax.errors import EgjaxError, check_range, require
 from egjax.mesh import ONE_CORE, check_divides
 from egjax.search.rules import RULES, Node, RuleName
 
@@ -779,6 +779,7 @@ def _check(world: World, config: SearchConfig) -> None:
         raise EgjaxError(f"no rule {config.rule!r}", where="SearchConfig", remedy=remedy)
     if not 0 <= config.value_weight <= 1:
         raise EgjaxError("value_weight must be in [0, 1]", where="SearchConfig")
+    check_range(config.discount, "(0, 1]", where="SearchConfig.discount")
     if config.value_weight and world.value is None:
         raise EgjaxError("value_weight without a value function", where="World")
 

@@ -261,7 +261,17 @@ def plan(
         simulations: new simulations before a move, at most; as many whole chunks of them as the
             fullest tree has room for.
         progress: called after each move with its number and solved bool[B].
+
+    Raises:
+        EgjaxError: as of `egjax.search.mcts.search`; or not even a chunk would be searched.
     """
+    if min(simulations, config.simulations) < config.chunk:
+        raise EgjaxError(
+            f"{simulations} simulations a move in trees of {config.simulations} are less than a "
+            f"chunk of {config.chunk}",
+            where="SearchConfig",
+            remedy="raise simulations or lower chunk",
+        )
     state = plant(world, config, params, embedding, keys, mesh)
     rows = []
     for move in range(moves):

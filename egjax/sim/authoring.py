@@ -264,6 +264,8 @@ def parse_goal(text: str, graph: Mapping[str, Any], *, where: str = "goal") -> P
             where=f"{where} {text}",
             remedy=f"{word}(character, …)",
         )
+    if word == "CLOSE" and objects[1] == _CHARACTER:  # either way round it is the same
+        objects.reverse()
     return Predicate(word, objects[0], objects[1])
 
 

@@ -73,6 +73,11 @@ def test_solve_move_by_move_keeps_the_tree_and_draws_it(home, tmp_path, capsys):
         solve.main(dataclasses.replace(config, per_move=4))
 
 
+def test_a_goal_that_holds_already_needs_no_action(capsys):
+    assert solve.main(solve.Config(scene="cottage", goal=("DIRTY(plate)",), json=True)) == 0
+    assert rows(capsys.readouterr().out)["plan_length"]["value"] == 0
+
+
 def test_solve_says_what_cannot_be_done(home):
     with pytest.raises(EgjaxError, match="no action can bring that about"):
         solve.main(solve.Config(scene=home, goal=("DIRTY(cup)",)))

@@ -248,3 +248,10 @@ def test_game_is_won_and_trees_do_not_depend_on_each_other(rule):
     )
     length = int((alone.actions >= 0).sum())
     np.testing.assert_array_equal(alone.actions[:length, 0], games.actions[:length, 0])
+
+
+@pytest.mark.parametrize(("most", "each"), [(400, 8), (8, 400)])
+def test_less_than_a_chunk_of_simulations_is_refused(most, each):
+    config = dataclasses.replace(CONFIG, simulations=most, chunk=20)
+    with pytest.raises(EgjaxError, match="less than a chunk of 20"):
+        plan(toy.maze, config, PARAMS, STARTS, KEYS, moves=3, simulations=each)

@@ -228,6 +228,8 @@ def test_leaf_value_is_a_mixture():
         ({"value_weight": 1.5}, r"value_weight must be in \[0, 1\]"),
         ({"value_weight": 0.5}, "value_weight without a value function"),
         ({"considered": 0}, "considered must be at least 1"),
+        ({"discount": 0.0}, r"SearchConfig.discount: 0.0 is not in \(0, 1\]"),
+        ({"discount": float("nan")}, "nan is not in"),
     ],
 )
 def test_bad_config_is_refused(change, message):

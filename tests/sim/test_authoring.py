@@ -146,6 +146,7 @@ def test_goals_are_read(scene):
     assert parse_goal("on( Cup (6) ,table)", graph) == Predicate("ON", "cup (6)", "table")
     assert parse_goal("ON(cup.7, 4)", graph) == Predicate("ON", "cup (7)", "table (4)")
     assert parse_goal("ON(gadget)", graph) == Predicate("ON", "gadget")  # the state, not the place
+    assert parse_goal("CLOSE(cup, character)", graph) == Predicate("CLOSE", "character", "cup")
     holds = parse_goal("HOLDS_RH(character, milk)", graph)
     assert holds == Predicate("HOLDS_RH", "character", "milk")
     both = parse_goals(["OPEN(fridge); CLEAN(cup)", "OPEN(fridge)"], graph)
