@@ -274,7 +274,8 @@ def _task(config: Config, name: str) -> HouseTask | None:
 def _turn(config: Config, party: Party, prompt: str, task: HouseTask | None) -> Turn:
     assignment = None
     if task is not None:
-        prompt, (assignment,) = task.prompt(), assignments([task])
+        # A goal of one's own belongs to no activity; models have read of such, too (`hindsight`).
+        prompt, (assignment,) = task.prompt(titled=not config.scene), assignments([task])
     own = party.models[0][1]
     tokenizer = party.tokenizer
     asked_ = asked(own, tokenizer.encode(prompt))

@@ -47,7 +47,7 @@ from egjax.files import (
     move,
     sizes,
 )
-from egjax.train.signals import StopFlag
+from egjax.train.signals import StopFlag, stop_on_signals
 from egjax.train.writers import WRITERS, check_writers
 from experiments.lease import BusyError, leased, silence, watched
 
@@ -81,7 +81,6 @@ PARTS = "parts"
 _ANYWHERE = ("run", "out")  # options of places that may be in a bucket
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STALE = 10.0  # seconds that a shared file system may show another host what was there before
-_TWICE = 2.0  # seconds in which a second SIGTERM is the first one, sent by both Slurm and the shell
 _AGAIN = 0.05  # seconds until a signal that hit a finaliser is sent again
 _YOUNG = 10_000  # new objects until Python looks for garbage cycles among them, 700 by its default
 
@@ -347,35 +346,12 @@ def _command() -> str | None:
 
 @contextlib.contextmanager
 def save_then_stop() -> Iterator[StopFlag]:
-    """For loops that save at a step's end: within it the first signal only sets the flag.
-
-    After it the program is stopped as `run_main` says; a second signal stops it at once. Slurm, or
-    a machine that shuts down, sends SIGTERM to all processes, and a shell passes it on to its own:
-    a second one so soon is the same.
-
-    Yields:
-        What `egjax.train.loop.fit` takes as `stop`.
-    """
-    flag, asked = StopFlag(), []
-    first = 0.0
-
-    def ask(signum: int, _frame: object) -> None:
-        nonlocal first
-        if not asked:
-            first = time.monotonic()
-        elif signum != signal.SIGTERM or time.monotonic() - first > _TWICE:
-            _stop(signum, _frame)
-        asked.append(signum)
-        flag.ask()
-
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
-    try:
+    """For loops that save at a step's end: `stop_on_signals`, and after it the program is stopped
+    as `run_main` says."""
+    with stop_on_signals() as flag:
         yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
-        raise _Stopped(asked[0])
+    if flag.signum is not None:
+        raise _Stopped(flag.signum)
 
 
 def _reader_gone() -> bool:

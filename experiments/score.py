@@ -3,11 +3,11 @@
     python -m experiments.score --plans FILE.jsonl [--robothow FOLDER] [--out VERDICTS.jsonl]
 
 A row of FILE has `plan`: English ("Walk to kitchen. Grab cup.") or RobotHow script lines ("[WALK]
-<kitchen> (11)"), as text or a list, numbered or not; and either `task`, the name of a RobotHow
-task, or `scene` with `goals` as `experiments.solve` takes them. `--out` writes the rows with the
-field `verdict` added; rows of one `model` are summed up together. A plan ends at its first refusal
-and succeeds if every step is accepted and every goal holds at the end. Intervals: 95 % bootstrap
-over tasks.
+<kitchen> (11)"), with or without ids, as text or a list, numbered or not; and either `task`, the
+name of a RobotHow task, or `scene` with `goals` as `experiments.solve` takes them. `--out` writes
+the rows with the field `verdict` added; rows of one `model` are summed up together. A plan ends at
+its first refusal and succeeds if every step is accepted and every goal holds at the end. Intervals:
+95 % bootstrap over tasks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ _NUMBER = re.compile(
     r"(^[ \t]*|\.\s+)(?:(?:step\s*)?\d+\s*[.):]|[-*•])[ \t]+", re.IGNORECASE | re.MULTILINE
 )
 """What stands before a step in a list, on a line of its own or after a step: 1. 2) Step 3: - *"""
+
+_MARKS = re.compile(r"^[ \t]*```.*$|\*\*|`", re.MULTILINE)
+"""Markdown that language models put around a plan: fences, bold, code."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +153,13 @@ def _plan(plan: str | Sequence[str]) -> tuple[Plan, PlanStep | None]:
     """A plan as the judge takes it; of a script the lines before one that cannot be read, and
     that one."""
     text = plan if isinstance(plan, str) else "\n".join(map(str, plan))
-    text = _NUMBER.sub(r"\1", text)
+    text = _NUMBER.sub(r"\1", _MARKS.sub("", text))
     if not text.lstrip().startswith("["):
         return text, None
     lines: list[Line] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         try:
-            lines.append(parse_line(line))
+            lines.append(parse_line(line, bare=True))
         except EgjaxError as error:
             return lines, PlanStep(line, False, error.what)
     return lines, None

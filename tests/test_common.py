@@ -293,7 +293,7 @@ print("not reached")
 def test_a_second_sigterm_is_the_first_one_where_it_follows_at_once(script, tmp_path, pause, saves):
     """Slurm sends one to each process, and the shell passes its own on."""
     body = """
-common._TWICE = 0.5
+from egjax.train import signals; signals._TWICE = 0.5
 with common.save_then_stop() as stop:
     print("ready", flush=True)
     while not stop:

@@ -16,7 +16,7 @@ from egjax.evals.results import PlanColumn, PlanStep, StepBin
 from egjax.sim.goals import perform, satisfied
 from egjax.sim.graph import Names
 from egjax.sim.rules import reason
-from egjax.sim.text import Line, bind, parse_english, to_english
+from egjax.sim.text import Line, bind, parse_english, sentences, to_english
 from egjax.sim.world import step
 from egjax.types import Goal, Scene, State
 
@@ -167,8 +167,7 @@ def _read(plan: Plan) -> list[_Sentence]:
     """Sentences of a plan, each parsed by itself so that one bad one does not hide the others."""
     if not isinstance(plan, str):
         return [_Sentence(to_english([line]), line) for line in plan]
-    texts = [" ".join(part.split()) for part in plan.replace("\n", ".").split(".")]
-    return [_read_sentence(text) for text in texts if text]
+    return [_read_sentence(text) for text in sentences(plan)]
 
 
 def _read_sentence(text: str) -> _Sentence:

@@ -180,6 +180,11 @@ def _character(layout: _Layout) -> list[str]:
     return [f"You are {_listed(where + parts)}."] if where or parts else []
 
 
+def _class(name: str) -> str:
+    """The class of what a goal names: `cup` of `cup (12)`."""
+    return name.partition(" (")[0]
+
+
 def plan_prompt(
     title: str | None,
     predicates: Sequence[Predicate],
@@ -196,7 +201,8 @@ def plan_prompt(
 
     Args:
         title: the activity; None asks without naming one.
-        predicates: the goal by class names, tuples (relation, subject, other or None).
+        predicates: the goal by class names, tuples (relation, subject, other or None). Of
+            `cup (12)` the class is told: English plans know no ids.
         graph: the scene at the start, `nodes` and `edges` as VirtualHome writes them.
         goals: whether the goal's facts are told as `Wanted: …`. They are by default, because
             the search that the planner is compared with is given them too; without them only the
@@ -204,6 +210,10 @@ def plan_prompt(
         seed: shuffles rooms, items and facts (augmentation); a fixed order where absent.
     """
     rng = None if seed is None else random.Random(seed)
+    predicates = [
+        Predicate(relation, _class(subject), other and _class(other))
+        for relation, subject, other in (Predicate(*p) for p in predicates)
+    ]
     question = f"Q: How to {spoken(title)}?" if title else "Q: How to do this?"
     parts = [question, *_scene_sentences(_Layout(graph), predicates, rng)]
     if goals:

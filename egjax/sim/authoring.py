@@ -11,10 +11,10 @@ A scene file lists rooms and what is in them:
     states: {fridge: [OPEN]}               # of all objects of a class
     goals: ["ON(cup, table)"]
 
-Properties of common classes are known; names are VirtualHome's, small letters and `_`. A graph as
-VirtualHome writes it (`nodes`, `edges`) is a scene, too. A goal is `RELATION(subject, object)` or
-`STATE(object)`; an object is a class (any of it serves) or a class with a graph id (this one):
-`HOLDS_RH(character, milk)`, `OPEN(fridge (7))`.
+Properties of common classes are known; names are VirtualHome's, small letters and `_` ("Coffee
+Maker" is read as `coffee_maker`). A graph as VirtualHome writes it (`nodes`, `edges`) is a scene,
+too. A goal is `RELATION(subject, object)` or `STATE(object)`; an object is a class (any of it
+serves) or a class with a graph id (this one): `HOLDS_RH(character, milk)`, `OPEN(fridge (7))`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Scenario", "load_scenario", "parse_goal", "parse_goals"]
 _KEYS = ("rooms", "doors", "character", "kinds", "states", "goals")
 _THING = re.compile(r"^(\w+)(?:\s+(on|in|inside)\s+(\w+))?$")
 _GOAL = re.compile(r"^(\w+)\s*\((.*)\)$", re.DOTALL)
-_OBJECT = re.compile(r"^(\w*?)(?:\s*\((\d+)\)|[ .:](\d+))?$")
+_OBJECT = re.compile(r"^([\w ]*?)(?:\s*\((\d+)\)|[ .:](\d+))?$")
 _CHARACTER = "character"
 
 
@@ -84,7 +84,10 @@ def load_scenario(
     if not isinstance(goals, list) or not all(isinstance(goal, str) for goal in goals):
         raise EgjaxError("goals are no list of texts", where=where, remedy='["ON(cup, table)"]')
     if "nodes" in content:
-        return Scenario(check_graph(content, where=where), tuple(goals))
+        graph = check_graph(content, where=where)
+        # As goals and plans name things.
+        nodes = [{**node, "class_name": _name(node["class_name"])} for node in graph["nodes"]]
+        return Scenario({**graph, "nodes": nodes}, tuple(goals))
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
         raise EgjaxError(
@@ -96,18 +99,41 @@ def load_scenario(
 def _parsed(text: str, suffix: str, where: str) -> Any:
     if suffix == ".json":
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
         except json.JSONDecodeError as error:
             raise EgjaxError(
                 "not JSON", where=f"{where}:{error.lineno}", remedy=error.msg
             ) from None
     yaml = require("yaml", "cli")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_loader(yaml, where))
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         problem = str(getattr(error, "problem", error))
         raise EgjaxError("not YAML", where=f"{where}:{line}", remedy=problem) from None
+
+
+def _once(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """A JSON object of the pairs, none of which is lost."""
+    keys = [key for key, _ in pairs]
+    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+    if twice is not None:
+        raise EgjaxError(f"{twice!r} occurs twice", where=where, remedy="name it once")
+    return dict(pairs)
+
+
+def _loader(yaml: Any, where: str) -> type:
+    """YAML's safe loader, which keeps the last of two equal keys, made to refuse them."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys: list[Any] = []
+            for key, _ in node.value:
+                _once([(k, None) for k in (*keys, key.value)], f"{where}:{key.start_mark.line + 1}")
+                keys.append(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _graph(
@@ -188,7 +214,9 @@ def _list(value: Any) -> list[Any]:
     """A list, or the words of a text; YAML reads ON and OFF as true and false."""
     if isinstance(value, bool):
         value = [value]
-    words = value.replace(",", " ").split() if isinstance(value, str) else list(value or ())
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    words = list(value or ()) if isinstance(value, list | None) else [value]
     return ["ON" if w is True else "OFF" if w is False else w for w in words]
 
 
@@ -289,7 +317,7 @@ def _object(text: str, graph: Mapping[str, Any], where: str) -> str:
     match = _OBJECT.match(text.strip().lower())
     if match is None or not text.strip():
         raise EgjaxError(f"not an object: {text.strip()!r}", where=where, remedy="cup, cup (12)")
-    name, number = match[1], match[2] or match[3]
+    name, number = _name(match[1]), match[2] or match[3]
     if name.isdigit() and number is None:
         name, number = "", name
     nodes = {node["id"]: node["class_name"] for node in graph["nodes"]}

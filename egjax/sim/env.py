@@ -161,7 +161,9 @@ class Household:
         del key
         params = jax.tree.map(jnp.asarray, params)
         held = satisfied(params.scene, params.state, params.goal)
-        state = EnvState(params.state, held, held, jnp.int32(0), jnp.int32(0))
+        # Buffers of its own: who donates a state to a step must not lose the task's with it.
+        start = jax.tree.map(jnp.copy, params.state)
+        state = EnvState(start, jnp.copy(held), held, jnp.int32(0), jnp.int32(0))
         return self.observe(state, params, self), state
 
     def step(

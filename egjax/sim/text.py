@@ -24,12 +24,14 @@ __all__ = [
     "parse_line",
     "parse_script",
     "resolve_name",
+    "sentences",
     "to_english",
     "to_script",
 ]
 
 _HEAD = re.compile(r"^\[(\w+)\]")
-_ARGUMENT = re.compile(r"<(.+?)>\s*\((?:\d+\.)?(\d+)\)")
+_ARGUMENT = re.compile(r"<([^<>]+)>(?:\s*\((?:\d+\.)?(\d+)\))?")
+_NAMED = re.compile(r"^(.+?)\s*\((?:\d+\.)?(\d+)\)$")
 _MODEL_ONLY = {"LOOKAT_MEDIUM": "LOOKAT"}
 
 
@@ -58,19 +60,31 @@ def _checked(verb: str, arguments: Sequence[tuple[str, int | None]], where: str)
     return Line(verb, tuple(arguments))
 
 
-def parse_line(text: str, *, where: str = "script") -> Line:
+def parse_line(text: str, *, where: str = "script", bare: bool = False) -> Line:
     """Reads `[VERB] <class> (id) <class> (id)`; ids may be written `1.12` as RobotHow does.
 
+    Args:
+        text: the line.
+        where: what to call it in an error.
+        bare: take `<class>` without an id, too, which `bind` resolves as it does English names.
+
     Raises:
-        EgjaxError: unknown verb, wrong number of objects, or not a script line.
+        EgjaxError: unknown verb, wrong number of objects, one without its id, or not a script line.
     """
     head = _HEAD.match(text.strip())
     if not head:
         raise EgjaxError(
             f"not a script line: {text.strip()!r}", where=where, remedy="[VERB] <object> (id)"
         )
-    arguments = [(name.lower().replace(" ", "_"), int(i)) for name, i in _ARGUMENT.findall(text)]
-    return _checked(head.group(1).upper(), arguments, where)
+    arguments = [
+        ("_".join(name.lower().split()), int(i) if i else None)
+        for name, i in _ARGUMENT.findall(text)
+    ]
+    line = _checked(head.group(1).upper(), arguments, where)
+    nameless = next((name for name, i in arguments if i is None), None)
+    if nameless is not None and not bare:
+        raise EgjaxError(f"<{nameless}> has no id", where=where, remedy=f"<{nameless}> (12)")
+    return line
 
 
 def parse_script(text: str, *, where: str = "script") -> list[Line]:
@@ -124,19 +138,33 @@ def _sentence(text: str, where: str) -> Line:
     for pattern, verb in (*_ENGLISH, *_SYNONYMS):
         match = pattern.match(text)
         if match:
-            names = [name.strip().lower().replace(" ", "_") for name in match.groups()]
-            return _checked(verb, [(name.removeprefix("the_"), None) for name in names], where)
+            return _checked(verb, [_noun(name) for name in match.groups()], where)
     raise EgjaxError(f"not a step: {text!r}", where=where, remedy="e.g. 'Walk to kitchen.'")
+
+
+def _noun(text: str) -> tuple[str, int | None]:
+    """An object as English names it: "the cup", or "cup (12)" for this very one."""
+    named = _NAMED.match(text.strip())
+    name, i = named.groups() if named else (text, None)
+    return "_".join(name.lower().split()).removeprefix("the_"), int(i) if i else None
 
 
 def parse_english(text: str, *, where: str = "plan") -> list[Line]:
     """Reads "Walk to kitchen. Grab coffee." into steps whose objects are named by class.
 
+    "Grab coffee (12)." means this very one.
+
     Raises:
         EgjaxError: with the number of the first sentence that is no step.
     """
-    sentences = [s.strip() for s in re.split(r"[.\n]+", text) if s.strip()]
-    return [_sentence(s, f"{where}, step {i}") for i, s in enumerate(sentences, start=1)]
+    return [_sentence(s, f"{where}, step {i}") for i, s in enumerate(sentences(text), start=1)]
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of an English plan, each in single spaces and without its point."""
+    # The point of RobotHow's ids, (1.12), ends none.
+    parts = (" ".join(part.split()) for part in re.split(r"\.(?!\d+\))|\n", text))
+    return [part for part in parts if part]
 
 
 def resolve_name(scene: Scene, state: State, names: Names, name: str) -> int:

@@ -49,6 +49,15 @@ def test_order_of_the_input_does_not_show_and_a_seed_only_shuffles():
     assert all(words(text) == words(prompt) for text in shuffled)
 
 
+def test_of_this_very_cup_the_class_is_told():
+    graph = home_graph("cottage")
+    number = {node["class_name"]: node["id"] for node in graph["nodes"]}["cup"]
+    this = [Predicate("ON", f"cup ({number})", "table")]
+    assert plan_prompt("x", this, graph) == plan_prompt(
+        "x", [Predicate("ON", "cup", "table")], graph
+    )
+
+
 def test_facts_are_told_once():
     assert wanted([*GOAL, *GOAL]) == wanted(GOAL)
 

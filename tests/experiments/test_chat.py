@@ -95,6 +95,7 @@ def test_a_task_has_a_verdict_and_a_picture(folders, capsys, tmp_path):
         chat.main(config(folders, scene=home, picture=tmp_path / name))
         assert (tmp_path / name).read_bytes().startswith(start)
     turn = turns(capsys.readouterr().out)[-1]
+    assert turn["prompt"].startswith("Q: How to do this? ")
     assert "Wanted: fridge open." in turn["prompt"]
     assert turn["solved"] is False
     assert turn["goals_total"] == 1

@@ -9,6 +9,7 @@ import pytest
 
 from egjax.errors import EgjaxError
 from egjax.search.mcts import SearchConfig
+from egjax.sim.authoring import load_scenario
 from experiments import score, solve
 
 SCENE = """
@@ -85,6 +86,16 @@ def test_solve_says_what_cannot_be_done(home):
         solve.main(solve.Config())
 
 
+def test_solve_says_that_a_home_has_no_doors(home, tmp_path, capsys):
+    graph = load_scenario(home).graph
+    edges = [edge for edge in graph["edges"] if edge["relation_type"] != "BETWEEN"]
+    path = tmp_path / "closed.json"
+    path.write_text(json.dumps({**graph, "edges": edges}))
+    goal = ("ON(cup (5), table)",)
+    assert solve.main(solve.Config(scene=str(path), goal=goal, search=SMALL)) == 1
+    assert "no door joins rooms (BETWEEN) in this scene" in capsys.readouterr().err
+
+
 def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
     goals = {"scene": home, "goals": ["OPEN(fridge)"]}
     plans = [
@@ -98,6 +109,10 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
         {**goals, "plan": ["Step 1: Walk to fridge", "- Open fridge"]},
         {**goals, "plan": "1) [WALK] <fridge> (6)\n2) [OPEN] <fridge> (6)"},
         {**goals, "plan": "[WALK] <fridge> (1.6)\n[OPEN] <fridge> (1.6)"},
+        {**goals, "plan": "```text\n1. **Walk** to the fridge.\n2. `Open fridge`\n```"},
+        {**goals, "plan": "[WALK] <fridge>\n[OPEN] <fridge>"},
+        {**goals, "plan": "Walk to fridge (1.6). Open fridge (6)."},
+        {**goals, "plan": "Walk to fridge (99)."},
     ]
     path, out = tmp_path / "plans.jsonl", tmp_path / "verdicts.jsonl"
     path.write_text("\n".join(map(json.dumps, plans)))
@@ -105,16 +120,17 @@ def test_score_judges_plans_of_any_form(home, tmp_path, capsys):
     kept = [json.loads(line) for line in out.read_text().splitlines()]
     found = [row["verdict"] for row in kept]
     assert [{**row, "verdict": None} for row in kept] == [{**p, "verdict": None} for p in plans]
-    solved = [True, True, False, False, True, False, True, True, True, True]
+    solved = [True, True, False, False, True, False, *[True] * 7, False]
     assert [row["success"] for row in found] == solved
-    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1, *[None] * 4]
-    assert [row["parsed"] for row in found] == [True, True, True, False, True, False, *[True] * 4]
+    assert [row["refused_step"] for row in found] == [None, None, 1, 2, None, 1, *[None] * 7, 1]
+    assert [row["parsed"] for row in found] == [True, True, True, False, True, False, *[True] * 8]
     assert found[2]["reason"] == "the character is not close to the fridge"
     assert found[3]["reason"] == "unknown verb 'WINK'"
+    assert found[13]["reason"] == "the graph has no object 99 (<fridge>)"
     assert (found[4]["goals_held"], found[4]["goals_total"]) == (2, 2)
     figure = rows(capsys.readouterr().out)["success"]
-    assert (figure["value"], figure["n"]) == (7 / 10, 10)
-    assert figure["low"] < 7 / 10 < figure["high"]
+    assert (figure["value"], figure["n"]) == (10 / 14, 14)
+    assert figure["low"] < 10 / 14 < figure["high"]
     score.main(score.Config(out, out=tmp_path / "again.jsonl"))
     assert (tmp_path / "again.jsonl").read_text() == out.read_text()
 

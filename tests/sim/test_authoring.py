@@ -66,6 +66,10 @@ def test_json_and_graph_files_are_scenes(tmp_path, scene):
     assert [n["class_name"] for n in load_scenario(short).graph["nodes"]] == [
         "kitchen", "hall", "table", "cup", "door", "character",
     ]  # fmt: skip
+    twice = tmp_path / "twice.json"
+    twice.write_text('{"rooms": {"kitchen": ["table"], "hall": [], "kitchen": ["cup"]}}')
+    with pytest.raises(EgjaxError, match=r"twice\.json: 'kitchen' occurs twice"):
+        load_scenario(twice)
     whole.write_text(json.dumps({**scene.graph, "goals": ["OPEN(fridge)"]}))
     assert load_scenario(whole).graph["edges"] == scene.graph["edges"]
     assert load_scenario(whole).goals == ("OPEN(fridge)",)
@@ -92,6 +96,8 @@ def test_json_and_graph_files_are_scenes(tmp_path, scene):
         ("rooms: {a: [cup]}\ndoors: a", "a door joins two rooms"),
         ("rooms: {a: [cup]}\nkinds: [lamp]", "'kinds' is no mapping"),
         ("rooms: {a: [cup]}\nstates: [OPEN]", "'states' is no mapping"),
+        ("rooms: {a: [cup]}\nstates: {cup: 3}", "unknown '3'"),
+        ("rooms:\n  a: [cup]\n  b: []\n  a: [bed]", "home.yaml:4: 'a' occurs twice"),
     ],
 )
 def test_a_bad_scene_says_what_is_nearest(tmp_path, text, message):
@@ -113,6 +119,21 @@ def test_names_are_written_as_people_write_them(tmp_path):
     names = [node["class_name"] for node in graph["nodes"]]
     assert names == ["kitchen", "living_room", "table", "cup", "bed", "door", "character"]
     assert parse_goals(goals, graph)[0] == Predicate("INSIDE", "character", "kitchen")
+
+
+def test_a_graph_with_names_as_people_write_them(tmp_path, scene):
+    nodes = [
+        {**node, "class_name": "Coffee Maker" if node["class_name"] == "fridge" else
+         node["class_name"].title()} for node in scene.graph["nodes"]
+    ]  # fmt: skip
+    path = tmp_path / "home.json"
+    path.write_text(json.dumps({**scene.graph, "nodes": nodes}))
+    graph = load_scenario(path).graph
+    encode(graph)  # there is a character
+    assert parse_goal("OPEN(coffee maker)", graph) == Predicate("OPEN", "coffee_maker", None)
+    number = next(n["id"] for n in graph["nodes"] if n["class_name"] == "coffee_maker")
+    goal = parse_goal(f"OPEN(Coffee maker ({number}))", graph)
+    assert goal == Predicate("OPEN", f"coffee_maker ({number})", None)
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,11 @@ def test_one_compilation_serves_many_steps(task):
     for action in range(3):
         _, state, *_ = _step(KEY, state, action, task)
     assert len(TRACES) == before > 0
+
+
+@pytest.mark.parametrize("reset", [ENV.reset, _reset], ids=["plain", "jitted"])
+def test_a_state_may_be_donated_and_the_task_stays(task, reset):
+    task = jax.device_put(task)
+    _, state = reset(KEY, task)
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, task))]
+    assert len(set(places)) == len(places)

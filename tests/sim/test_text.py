@@ -48,6 +48,12 @@ def test_the_projects_examples():
     ]
     assert str(parse_line("[GRAB] <cup> (1.12)")) == "[GRAB] <cup> (12)"
     assert str(parse_line("[LOOKAT_MEDIUM] <cup> (3)")) == "[LOOKAT] <cup> (3)"
+    assert str(parse_line("[GRAB] <coffee maker>", bare=True)) == "[GRAB] <coffee_maker>"
+    told = "Grab cup (1.12). Put the cup in coffee maker (7)."
+    assert [str(line) for line in parse_english(told)] == [
+        "[GRAB] <cup> (12)",
+        "[PUTIN] <cup> <coffee_maker> (7)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,7 @@ def test_the_projects_examples():
         ("[FLY] <cup> (1)", "unknown verb 'FLY'"),
         ("[GRAB]", "GRAB takes 1 objects, not 0"),
         ("[PUTIN] <cup> (1)", "PUTIN takes 2 objects, not 1"),
+        ("[PUTIN] <cup> (1) <sink>", "<sink> has no id"),
     ],
 )
 def test_a_bad_line_is_told_with_its_number(text, message):
