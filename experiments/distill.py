@@ -38,6 +38,7 @@ import tyro
 from egjax.errors import EgjaxError, check_range
 from egjax.lm.config import LlamaConfig
 from egjax.lm.int8 import quantize
+from egjax.lm.tokenizer import Tokenizer
 from egjax.losses import (
     Terms,
     TopK,
@@ -73,7 +74,15 @@ from egjax.train.sampling import (
 from egjax.train.step import LossFn
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import Model, apply_of, check_one_vocabulary, load, save
+from experiments.models import (
+    Model,
+    apply_of,
+    check_one_vocabulary,
+    column_mask,
+    load,
+    save,
+    with_columns,
+)
 from experiments.sft import Weights, fitting_samples
 from experiments.training import (
     MODEL,
@@ -209,9 +218,11 @@ def stage(config: Config, text: Done, large: Done, expert: Done, small: Done) ->
         models = {"πᴸ": load(large.path / MODEL), "πᴱ": load(expert.path / MODEL)}
         models["πᴺ"] = load(small.path / MODEL)
         check_one_vocabulary(models)
-        samples = fitting_samples(text, models["πᴸ"].config, config.training.length, Weights())
+        models, student = _alike(models), models["πᴸ"].config
+        samples = fitting_samples(text, student, config.training.length, Weights())
         table = _table(config, samples, [model.config for model in models.values()])
-        _train(config, models, None, table, out)
+        tokens = Tokenizer.load(text.path / "tokenizer").vocab_size
+        _train(config, models, column_mask(student, tokens), table, out)
 
     return Stage(config.run, f"seed{config.seed}/distill", inputs, by="all").run(work)
 
@@ -235,6 +246,12 @@ def objective(
         "teacher": by_ratio(large, small, vocab_mask=vocab_mask, **ratio),
     }
     return on_samples(loss, writers[config.prefixes], config.sampling)
+
+
+def _alike(models: Mapping[str, Model]) -> dict[str, Model]:
+    """Models with as many columns as πᴸ, however each is padded."""
+    columns = models["πᴸ"].config.vocab_size
+    return {name: with_columns(model, columns) for name, model in models.items()}
 
 
 def _train(
@@ -333,7 +350,7 @@ def _taught(
 def _shape(config: LlamaConfig) -> LlamaConfig:
     """Without what two checkpoints of one model may state differently."""
     return dataclasses.replace(
-        config, bos_id=None, eos_ids=(), pad_id=None, dtype="float32", max_seq_len=1
+        config, vocab_size=1, bos_id=None, eos_ids=(), pad_id=None, dtype="float32", max_seq_len=1
     )
 
 
@@ -360,7 +377,7 @@ def own_stage(config: Config) -> Done:
     table = _table(config, fitting, [start.config for start in starts.values()])
 
     def work(out: Path) -> None:
-        models = {name: start.load() for name, start in starts.items()}
+        models = _alike({name: start.load() for name, start in starts.items()})
         _train(config, models, large.vocab_mask, table, out, large.write)
 
     return own.stage(config, "distill", starts, work)

@@ -62,7 +62,7 @@ from egjax.train.objectives import (
 from egjax.train.step import LossFn
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import Model, apply_of, load, save
+from experiments.models import Model, apply_of, column_mask, load, save
 from experiments.training import MODEL, LogTo, Training, figures, kept, mesh_for, placed, train
 
 __all__ = ["LOSSES", "Config", "stage"]
@@ -222,7 +222,7 @@ def stage(config: Config, text: Done, distilled: Done) -> Done:
         tokenizer = Tokenizer.load(text.path / "tokenizer")
         rows = text.path / "pairs.jsonl"
         pairs = _pairs(rows, tokenizer, model.config, config.training.length)
-        _train(config, model, None, pairs, out)
+        _train(config, model, column_mask(model.config, tokenizer.vocab_size), pairs, out)
 
     return Stage(config.run, f"seed{config.seed}/dpo", inputs, by="all").run(work)
 

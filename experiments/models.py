@@ -17,7 +17,7 @@ from egjax.lm.config import LlamaConfig
 from egjax.lm.ensemble import Combine, Models, check_vocabularies, first
 from egjax.lm.generate import completions, generate, pad_prompts
 from egjax.lm.int8 import quantize
-from egjax.lm.params import abstract, cut, unstacked
+from egjax.lm.params import abstract, cut, unstacked, widened
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.checkpoint import load_params, read_metadata, save_params
 from egjax.train.data import Sample
@@ -32,6 +32,7 @@ __all__ = [
     "as_sample",
     "asked",
     "check_one_vocabulary",
+    "column_mask",
     "cut_to",
     "described",
     "for_decoding",
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "plans_of",
     "save",
+    "with_columns",
     "worded",
 ]
 
@@ -119,6 +121,21 @@ def cut_to(model: Model, vocab_size: int) -> Model:
     return model._replace(params=params, config=model.config.cut(vocab_size))
 
 
+def with_columns(model: Model, columns: int) -> Model:
+    """A model of as many columns as one that it teaches: further ones are cut, missing ones are
+    zeros, and `column_mask` leaves them out."""
+    if model.config.vocab_size >= columns:
+        return cut_to(model, columns)
+    config = replace(model.config, vocab_size=columns)
+    return model._replace(params=widened(model.params, columns), config=config)
+
+
+def column_mask(config: LlamaConfig, tokens: int) -> jax.Array | None:
+    """bool[V], False for columns that none of a tokenizer's tokens has; None where there is
+    none."""
+    return None if tokens == config.vocab_size else jnp.arange(config.vocab_size) < tokens
+
+
 def for_decoding(model: Model) -> Model:
     """A model as its platform decodes fastest: on a GPU with its layers apart
     (`egjax.lm.params.unstacked`); the parameters that come in are consumed then."""
@@ -144,15 +161,12 @@ def host_device() -> Any:
 
 
 def check_one_vocabulary(models: dict[str, Model]) -> None:
-    """Refuses models of different vocabularies or tokenizers before anything runs.
+    """Refuses models of different tokenizers before anything runs; they may be padded differently.
 
     Raises:
         EgjaxError: which differ, and how.
     """
-    check_vocabularies(
-        {name: model.config.vocab_size for name, model in models.items()},
-        {name: model.tokenizer for name, model in models.items()},
-    )
+    check_vocabularies({}, {name: model.tokenizer for name, model in models.items()})
 
 
 LARGE_VOCABULARY = 8192

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from egjax import hosts
 from egjax.errors import EgjaxError
@@ -30,7 +29,7 @@ from egjax.lm.template import ChatTemplate, plain_source
 from egjax.lm.tokenizer import Tokenizer
 from egjax.train.jsonl import has_messages
 from experiments.common import Done, Stage, file_fingerprint, fingerprint, note, open_run
-from experiments.models import Model, cut_to, described
+from experiments.models import Model, column_mask, cut_to, described
 from experiments.models import load as load_run_model
 from experiments.training import MODEL, Training, gathered
 
@@ -117,16 +116,14 @@ class Start:
     @property
     def vocab_mask(self) -> jax.Array | None:
         """bool[V], False for columns that no token has; None where there is none."""
-        count = self.tokenizer.vocab_size
-        return (
-            None if count == self.config.vocab_size else jnp.arange(self.config.vocab_size) < count
-        )
+        return column_mask(self.config, self.tokenizer.vocab_size)
 
     def load(self, *, cut: bool = False) -> Model:
         """The weights.
 
         Args:
-            cut: without columns that no token has, for decoding. What is trained keeps them.
+            cut: without columns that no token has, for decoding and for teachers. What is trained
+                keeps them.
         """
         size = self.tokenizer.vocab_size
         if (self.folder / _CONFIG).is_file():
@@ -242,12 +239,9 @@ def check_alike(starts: Mapping[str, Start], *, chat: bool) -> None:
         chat: the data hold messages, so that templates matter, too.
 
     Raises:
-        EgjaxError: vocabularies, tokenizers or chat templates differ.
+        EgjaxError: tokenizers or chat templates differ.
     """
-    check_vocabularies(
-        {name: start.config.vocab_size for name, start in starts.items()},
-        {name: start.tokenizer.fingerprint for name, start in starts.items()},
-    )
+    check_vocabularies({}, {name: start.tokenizer.fingerprint for name, start in starts.items()})
     templates = {name: start.template.fingerprint for name, start in starts.items()}
     if chat and len(set(templates.values())) > 1:
         listed = ", ".join(f"{name} has {value[:12]}" for name, value in templates.items())

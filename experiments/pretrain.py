@@ -30,7 +30,7 @@ from egjax.train.data import Sample, TokenBatch, pack, split
 from egjax.train.objectives import next_token
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, open_run, run_main
-from experiments.models import Model, apply_of, asked, host_device, save
+from experiments.models import Model, apply_of, asked, column_mask, host_device, save
 from experiments.training import MODEL, LogTo, Training, figures, train
 
 __all__ = ["Config", "Size", "large_stage", "small_stage"]
@@ -125,7 +125,11 @@ def _stage(
             return
         model = _start(tokenizer, size, folder, config.seed)
         table = _rows(text.path / "general.jsonl", tokenizer, model.config, training.length)
-        loss = next_token(apply_of(model.config, training.layout), z_loss=config.z_loss)
+        loss = next_token(
+            apply_of(model.config, training.layout),
+            vocab_mask=column_mask(model.config, tokenizer.vocab_size),
+            z_loss=config.z_loss,
+        )
         train(
             model,
             loss,

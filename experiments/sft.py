@@ -29,7 +29,7 @@ from egjax.train.jsonl import read_samples
 from egjax.train.objectives import next_token
 from experiments import own
 from experiments.common import Done, Stage, emit, finished, note, open_run, run_main
-from experiments.models import apply_of, as_sample, load
+from experiments.models import apply_of, as_sample, column_mask, load
 from experiments.text import load_samples
 from experiments.training import MODEL, LogTo, Training, figures, train
 
@@ -106,7 +106,12 @@ def stage(config: Config, text: Done, small: Done) -> Done:
     def work(out: Path) -> None:
         model = load(small.path / MODEL)
         table = sample_table(text, model.config, config.training.length, config.weights)
-        loss = next_token(apply_of(model.config, config.training.layout), z_loss=config.z_loss)
+        tokens = Tokenizer.load(text.path / "tokenizer").vocab_size
+        loss = next_token(
+            apply_of(model.config, config.training.layout),
+            vocab_mask=column_mask(model.config, tokens),
+            z_loss=config.z_loss,
+        )
         train(
             model,
             loss,

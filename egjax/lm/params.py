@@ -32,6 +32,7 @@ __all__ = [
     "shardings",
     "table",
     "unstacked",
+    "widened",
 ]
 
 Params = dict[str, Any]
@@ -166,6 +167,16 @@ def cut(params: Params, vocab_size: int) -> Params:
     out = {**params, "embedding": params["embedding"][:vocab_size]}
     if "unembedding" in params:
         out["unembedding"] = params["unembedding"][:, :vocab_size]
+    return out
+
+
+def widened(params: Params, vocab_size: int) -> Params:
+    """Parameters with so many tokens, those that were missing of zeros: for a model combined with
+    one that is padded to as many, under a mask (`vocab_mask`) that leaves them out."""
+    more = vocab_size - params["embedding"].shape[0]
+    out = {**params, "embedding": jnp.pad(params["embedding"], ((0, more), (0, 0)))}
+    if "unembedding" in params:
+        out["unembedding"] = jnp.pad(params["unembedding"], ((0, 0), (0, more)))
     return out
 
 

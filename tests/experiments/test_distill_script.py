@@ -1,12 +1,14 @@
 """Divergences, prefixes and stored teachers of distillation from the command line."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import get_args, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import codes, launch
@@ -163,6 +165,30 @@ def test_a_stored_teacher(config, chunked, tmp_path, monkeypatch):
         swapped = replace(few, expert=config.anti_expert, anti_expert=config.expert)
         with pytest.raises(EgjaxError, match="stored for another model"):
             distill.own_stage(swapped)
+
+
+@pytest.mark.parametrize("more", [{}, {"stored_top_k": 9}])
+def test_padding_of_teachers_does_not_matter(config, tmp_path, more):
+    """Of πᴱ there are columns that nothing writes and it likes best, of πᴺ none but its tokens."""
+    config = replace(config, **more)
+    want = distill.own_stage(config)
+    plain, params = hf.load(config.expert)
+    more = {name: ((0, 9), (0, 0)) for name in ("embedding", "unembedding")}
+    more["unembedding"] = more["unembedding"][::-1]
+    for name in params.keys() & more.keys():
+        params[name] = jnp.pad(params[name], more[name], constant_values=9.0)
+    hf.save(tmp_path / "expert", replace(plain, vocab_size=plain.vocab_size + 9), params)
+    tokens = plain.vocab_size - 3
+    plain, params = hf.load(config.anti_expert, vocab_size=tokens)
+    hf.save(tmp_path / "anti", plain, params)
+    for name, source in (("expert", config.expert), ("anti", config.anti_expert)):
+        shutil.copy(source / "tokenizer.json", tmp_path / name)
+    places = {"expert": tmp_path / "expert", "anti_expert": tmp_path / "anti"}
+    found = distill.own_stage(replace(config, run=tmp_path / "other", **places))
+    assert [row["loss"] for row in lines(found)] == [row["loss"] for row in lines(want)]
+    models = [hf.load(stage.path / "model") for stage in (found, want)]
+    assert models[0][0] == models[1][0]
+    jax.tree.map(np.testing.assert_array_equal, models[0][1], models[1][1])
 
 
 @pytest.mark.slow
