@@ -19,6 +19,9 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"egjax-tests-{os.getuid()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Compilation is most of the tests' time, and a third of it is LLVM's optimising of programs that
+# then run for milliseconds. XLA's own passes stay; `XLA_FLAGS= make test` has LLVM's, too.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(autouse=True, scope="module")
