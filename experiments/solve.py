@@ -111,7 +111,8 @@ def main(config: Config) -> int:
     simulations = 0
     if missing:
         _check_reach(task, missing, config)
-        problem = collect.Problem([task], config.instances)
+        # Rounded: what is compiled for one goal serves the next.
+        problem = collect.Problem([task], config.instances, rounded=True)
         assignment = problem.assignments[0]
     if missing and config.moves:
         lines, simulations = _move_by_move(problem, config)
