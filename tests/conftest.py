@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from processes import cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,8 +47,7 @@ def on_devices(request):
             text=True,
             env={
                 **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+                **cpus(count),
                 "PYTHONPATH": str(ROOT),
             },
         )

@@ -14,6 +14,13 @@ LOOK = 0.1  # seconds between two looks at what is waited for
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def cpus(count: int) -> dict[str, str]:
+    """Environment of a process with so many CPU devices that compiles as the tests do."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = f"{flags} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -33,8 +40,7 @@ def launch(
             "PYTHONPATH": os.pathsep.join(
                 [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **cpus(devices),
             "EGJAX_MULTI_HOST": "1",
             "EGJAX_COORDINATOR": f"localhost:{port}",
             "EGJAX_PROCESSES": str(count),

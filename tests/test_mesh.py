@@ -9,6 +9,7 @@ import textwrap
 import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from processes import cpus
 
 from egjax.errors import EgjaxError
 from egjax.hosts import start_hosts
@@ -120,7 +121,7 @@ def test_eight_devices_equal_one():
             raise AssertionError("6 rows over 4 devices")
         print("equal")
         """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        **cpus(8),
     )
     assert result.stdout.strip() == "equal", result.stderr
 

@@ -210,6 +210,7 @@ def test_experience_is_collected_in_shards_with_a_card(pipeline):
     assert (run / "collect" / "card" / "values.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results(pipeline, tmp_path):
     """Stopped and continued or in one go: every text, weight, plan and figure is the same."""
     run, *_ = pipeline

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import cpus
 
 from egjax import losses
 from egjax.losses import Head, Ratio, Targets, TopK, blocks, chunked, place
@@ -479,12 +480,11 @@ for D, shards in ((8, 1), (40, S)):
 
 
 def test_vocabulary_split_over_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     out = subprocess.run(
         [sys.executable, "-c", SHARDED],
         capture_output=True,
         text=True,
-        env={**os.environ, **flags},
+        env={**os.environ, **cpus(8)},
     )
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.count("devices 8") == 2

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_toy as toy
+from processes import cpus
 
 from egjax.errors import EgjaxError
 from egjax.search import mcts
@@ -101,14 +102,13 @@ print("same", one.solved.sum(), len(games[0]))
 
 
 def test_eight_devices_give_the_answer_of_one():
-    flags = "--xla_force_host_platform_device_count=8"
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", _EIGHT],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        env={**os.environ, **cpus(8), "PYTHONPATH": path},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

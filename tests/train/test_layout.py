@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from processes import cpus
 
 from egjax.errors import EgjaxError
 from egjax.lm.config import LlamaConfig
@@ -95,8 +96,7 @@ def test_a_mesh_remat_chunks_and_micro_batches_change_nothing(names, request):
         cwd=request.config.rootpath,
         env={
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            **cpus(4),
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from processes import cpus
 from train_toy import apply, batches, init
 
 from egjax.errors import EgjaxError
@@ -199,8 +200,7 @@ def test_on_other_devices_the_state_is_the_same_and_the_loss_to_a_hundred_thousa
             check=True,
             env={
                 **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                **cpus(devices),
                 "PYTHONPATH": str(request.config.rootpath),
             },
         ).stdout.split()
