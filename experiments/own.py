@@ -122,8 +122,7 @@ class Start:
         """The weights.
 
         Args:
-            cut: without columns that no token has, for decoding and for teachers. What is trained
-                keeps them.
+            cut: without columns that no token has, for decoding. What is trained keeps them.
         """
         size = self.tokenizer.vocab_size
         if (self.folder / _CONFIG).is_file():
