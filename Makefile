@@ -1,5 +1,5 @@
 # make env: the environment alone · make run: the main job · make test: lint, types, tests
-# make test-slow: runs that are killed and stopped at random, 20 times each
+# make test-slow: runs that are killed and stopped at random, 20 times each; a whole pipeline twice
 # make bench: what everything costs, compared with the last committed figures
 # Options go through ARGS, e.g.  make run ARGS="--help"   make test ARGS="tests/losses -k dpo"
 # Another interpreter: make run PYTHON=/path/to/python3.12

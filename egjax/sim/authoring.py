@@ -23,7 +23,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,11 +115,16 @@ def _parsed(text: str, suffix: str, where: str) -> Any:
 
 def _once(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
     """A JSON object of the pairs, none of which is lost."""
-    keys = [key for key, _ in pairs]
-    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-    if twice is not None:
-        raise EgjaxError(f"{twice!r} occurs twice", where=where, remedy="name it once")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        _check_new(key, found, where)
+        found[key] = value
+    return found
+
+
+def _check_new(key: Any, earlier: Container[Any], where: str) -> None:
+    if key in earlier:
+        raise EgjaxError(f"{key!r} occurs twice", where=where, remedy="name it once")
 
 
 def _loader(yaml: Any, where: str) -> type:
@@ -129,7 +134,7 @@ def _loader(yaml: Any, where: str) -> type:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys: list[Any] = []
             for key, _ in node.value:
-                _once([(k, None) for k in (*keys, key.value)], f"{where}:{key.start_mark.line + 1}")
+                _check_new(key.value, keys, f"{where}:{key.start_mark.line + 1}")
                 keys.append(key.value)
             return super().construct_mapping(node, deep)
 
